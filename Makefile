@@ -1,0 +1,79 @@
+# Two commands on a fresh clone: `make demo` and `make test`. Everything they install goes into .venv.
+
+PYTHON ?= python3
+# Another pip index for torch alone, such as https://download.pytorch.org/whl/cpu: its default build on Linux is for CUDA.
+TORCH_INDEX ?=
+# Passed on: `make demo ARGS="--seed 3"`, `make test ARGS="-k config"`.
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+BASE := $(VENV)/.installed
+TESTS := $(VENV)/.installed-tests
+
+.PHONY: help demo install lint test test-all constraints clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo         train SAC on Pendulum-v1 until it is solved, and write its report"
+	@echo "make test         ruff, mypy and the tests"
+	@echo "make test-all     the same with the slow tests"
+	@echo "make install      install Millrace into .venv, which demo and test do by themselves"
+	@echo "make constraints  write constraints.txt anew from the newest versions that fit pyproject.toml"
+	@echo "make clean        remove .venv and caches; runs/ stays"
+	@echo
+	@echo "PYTHON=python3.12        the Python that .venv is made with, 3.11 or newer"
+	@echo "TORCH_INDEX=https://…    a pip index for torch alone, such as https://download.pytorch.org/whl/cpu"
+	@echo "ARGS=\"--seed 3\"          passed on to millrace train (demo) or pytest (test, test-all)"
+
+demo: $(BASE)
+	@$(BIN)/millrace train configs/pendulum_sac.yaml $(ARGS)
+
+install: $(BASE)
+
+lint: $(TESTS)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+test: lint
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-all: lint
+	@$(BIN)/python -m pytest -q -m "slow or not slow" $(ARGS)
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Millrace needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1)." \
+	       "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' lacks venv or ensurepip; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+
+# Torch comes first and without its dependencies, because an index for torch alone has other versions of those.
+$(BASE): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing Millrace into $(VENV); the first time this takes some minutes."
+	@test -z "$(TORCH_INDEX)" || $(PIP) install --no-deps --index-url "$(TORCH_INDEX)" -c constraints.txt torch
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(TESTS): $(BASE)
+	@echo "Installing what the tests need into $(VENV)."
+	@$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@
+
+# In an environment of its own, so that only what Millrace pulls in is pinned; build suffixes such as +cpu are cut off.
+constraints:
+	@$(PYTHON) -m venv --clear .venv-constraints
+	@test -z "$(TORCH_INDEX)" || .venv-constraints/bin/pip install -q --no-deps --index-url "$(TORCH_INDEX)" torch
+	@.venv-constraints/bin/pip install -q '.[test]'
+	@{ echo "# Every version that was tested, with $$($(PYTHON) -V). Made by: make constraints"; \
+	   .venv-constraints/bin/pip freeze --all --exclude pip --exclude millrace \
+	   | sed -E 's/\+[A-Za-z0-9.]+$$//; /^(nvidia-|cuda-|triton==)/d' | LC_ALL=C sort -f; } > .constraints.new
+	@mv .constraints.new constraints.txt
+	@rm -rf .venv-constraints
+
+clean:
+	@rm -rf $(VENV) .venv-constraints build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

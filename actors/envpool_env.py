@@ -1,0 +1,189 @@
+"""EnvPool environments (Weng et al. 2022, arXiv 2206.10558): C++ environments stepped by a thread pool."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import difflib
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import envpool
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.protocol import BoolArray, EnvError, EnvStep, IntArray
+from actors.spaces import SpaceMap, lane_seeds
+from replay.schema import StepSchema
+
+OURS = {"num_envs", "batch_size", "num_threads", "seed", "env_seed", "env_type", "render_mode", "max_num_players"}
+
+
+def ids() -> list[str]:
+    """Every environment id of the installed EnvPool."""
+    return list(envpool.list_all_envs())
+
+
+def space_map(env_id: str, kwargs: Mapping[str, Any]) -> SpaceMap:
+    """Spaces of an environment, without building one.
+
+    Raises:
+        EnvError: an argument is unknown or taken, something the environment needs is missing, or its spaces do not fit.
+    """
+    taken = OURS & set(kwargs)
+    if taken:
+        raise EnvError(
+            f"env.kwargs of {env_id!r} must not hold {', '.join(sorted(taken))}: the actor settings decide them"
+        )
+    try:
+        known = envpool.make_spec(env_id).config._fields
+        unknown = [name for name in kwargs if name not in known and not name.startswith("render_")]
+        if unknown and "from_pixels" not in kwargs:
+            nearest = difflib.get_close_matches(unknown[0], known, n=3)
+            raise EnvError(
+                f"env.kwargs: EnvPool's {env_id!r} has no argument {unknown[0]!r}; "
+                + (f"nearest: {', '.join(nearest)}" if nearest else f"it takes {', '.join(sorted(set(known) - OURS))}")
+            )
+        spec = envpool.make_spec(env_id, **kwargs)
+        with _quiet():
+            spaces = spec.gymnasium_observation_space, spec.gymnasium_action_space
+    except EnvError:
+        raise
+    # EnvPool answers a bad argument with TypeError, AssertionError or RuntimeError, a missing library with ImportError.
+    except Exception as error:
+        raise EnvError(f"EnvPool cannot build {env_id!r} with env.kwargs {dict(kwargs)}: {error}") from error
+    if spec.config.max_num_players > 1:
+        raise EnvError(f"EnvPool's {env_id!r} has several players in one environment; one player is supported")
+    return SpaceMap(env_id, *spaces)
+
+
+class EnvPoolEnv:
+    """EnvPool behind the `VectorEnv` protocol; `batch_size < num_envs` steps asynchronously.
+
+    EnvPool resets a finished environment on its next step call and ignores that call's action; such results are marked
+    `reset` here, and no other code knows of the rule. EnvPool reports an episode that ends on its step limit as truncated,
+    also when it would have terminated on that very step. A C++ environment that fails takes its process with it, so no
+    result is ever `broken`.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        kwargs: Mapping[str, Any],
+        *,
+        num_envs: int,
+        batch_size: int | None,
+        threads: int,
+        seed: int,
+        render: bool = False,
+    ) -> None:
+        self.num_envs = num_envs
+        self.batch_size = num_envs if batch_size is None else batch_size
+        self._spaces = space_map(env_id, kwargs)
+        self._id = env_id
+        self._arguments = {
+            **kwargs,
+            "num_envs": num_envs,
+            "batch_size": self.batch_size,
+            "num_threads": threads,
+            "seed": lane_seeds(seed, num_envs),
+        }
+        if render:
+            _check_rendering(env_id, kwargs)
+            self._arguments["render_mode"] = "rgb_array"
+        self._pool: Any = None
+        self._unbroken: BoolArray = np.zeros(self.batch_size, np.bool_)
+        self._finished: BoolArray = np.ones(num_envs, np.bool_)
+
+    @property
+    def schema(self) -> StepSchema:
+        return self._spaces.schema
+
+    def start(self) -> None:
+        """Build the pool: EnvPool seeds environments when it builds them and never again."""
+        self.close()
+        try:
+            self._pool = envpool.make(self._id, env_type="gymnasium", **self._arguments)
+            with _quiet():
+                _ = self._pool.observation_space  # kept by the pool, which asks for it at every recv
+        except Exception as error:
+            raise EnvError(f"EnvPool cannot build {self._id!r}: {error}") from error
+        self._finished[:] = True
+        self._pool.async_reset()
+
+    def recv(self) -> EnvStep:
+        observation, reward, terminated, truncated, info = self._pool.recv()
+        env_id: IntArray = info["env_id"]
+        reset = self._finished[env_id]
+        self._finished[env_id] = terminated | truncated
+        return EnvStep(
+            env_id=env_id,
+            observation=self._spaces.observation(observation),
+            reward=np.asarray(reward, np.float32),
+            terminated=terminated & ~reset,
+            truncated=truncated & ~(terminated | reset),
+            reset=reset,
+            broken=self._unbroken,
+        )
+
+    def send(self, action: NDArray[Any], env_id: IntArray) -> None:
+        self._pool.send(self._spaces.action(action), env_id)
+
+    def sample_actions(self, count: int, generator: np.random.Generator) -> NDArray[Any]:
+        return self._spaces.sample(count, generator)
+
+    def frame(self, lane: int) -> NDArray[np.uint8]:
+        return np.asarray(self._pool.render(env_ids=np.array([lane], np.int32))[0], np.uint8)
+
+    def close(self) -> None:
+        """Drop the pool: its threads end with its last reference."""
+        self._pool = None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # EnvPool makes float32 boxes from float64 bounds, and gymnasium warns the user, who can do nothing about it.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")
+        yield
+
+
+def _load_opengl() -> None:
+    # MuJoCo's loader looks for a library named libEGL or libGL in the process, and EnvPool's own copy is named otherwise.
+    if sys.platform == "linux":
+        for name in ("libEGL.so.1", "libGL.so.1", "libOSMesa.so"):
+            try:
+                ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            except OSError:
+                continue
+            return
+
+
+def _render_once(env_id: str, kwargs: Mapping[str, Any]) -> None:
+    _load_opengl()
+    pool = envpool.make(env_id, env_type="gymnasium", num_envs=1, render_mode="rgb_array", **kwargs)
+    pool.reset()
+    pool.render(env_ids=np.zeros(1, np.int32))
+
+
+def _check_rendering(env_id: str, kwargs: Mapping[str, Any]) -> None:
+    """Draw one frame in another process, because a renderer without OpenGL ends the process it runs in."""
+    code = "import json, sys; from actors import envpool_env as e; e._render_once(*json.loads(sys.argv[1]))"
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, json.dumps([env_id, dict(kwargs)])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if child.returncode != 0:
+        reason = (child.stderr.strip() or child.stdout.strip() or f"exit status {child.returncode}").splitlines()[-1]
+        raise EnvError(
+            f"EnvPool's renderer cannot draw {env_id!r} on this machine: {reason}. MuJoCo tasks need OpenGL: on Debian or "
+            "Ubuntu without a screen install libegl1 and libgl1-mesa-dri"
+        )
+    _load_opengl()

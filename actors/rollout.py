@@ -1,0 +1,225 @@
+"""The actor's loop: receive results, act, send, and write the steps that became complete."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.protocol import BoolArray, EnvStep, IntArray, Policy, VectorEnv
+from replay.client import Writer
+
+EPISODE_LOG = 1_000  # finished episodes kept
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """A finished episode; `index` counts from 0 over all lanes of the rollout."""
+
+    index: int
+    return_: float  # sum of rewards, not discounted
+    length: int  # environment steps
+    terminated: bool  # False: truncated
+    lane: int
+
+
+class Rollout:
+    """Steps a vector of environments with a policy and writes RLDS steps (Ramos et al. 2021, arXiv 2111.02767).
+
+    The row of step t waits in `_pending` until its reward is known. At the end of an episode a final row follows at once:
+    the last observation, action and reward void. Where an environment raised, the action's result is unknown, so the
+    waiting row itself becomes the final one. For one thread only.
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv,
+        policy: Policy,
+        writer: Writer,
+        *,
+        random_steps: int,
+        rows_per_write: int,
+        write_every_s: float,
+        seed: int,
+        lane_offset: int = 0,
+    ) -> None:
+        """Starts the environments.
+
+        Args:
+            env: lanes to step; closed by `close`.
+            policy: acts once `random_steps` are over and `set_policy` has given it weights.
+            writer: takes the rows; closed by `close`.
+            random_steps: steps of this rollout with uniformly random actions.
+            rows_per_write: rows gathered before they are handed over, unless one `recv` brings more.
+            write_every_s: longest time, in seconds, that a row waits to be handed over while the environments answer.
+            seed: of the action noise and the random actions.
+            lane_offset: added to lane numbers in what is written and logged.
+        """
+        self.version = 0  # of the policy; 0 is none yet
+        self.episodes: deque[Episode] = deque(maxlen=EPISODE_LOG)
+        self._env = env
+        self._policy = policy
+        self._writer = writer
+        self._random_steps = random_steps
+        self._rows_per_write = rows_per_write
+        self._write_every_s = write_every_s
+        self._generator = np.random.default_rng(seed)
+        self._lane_offset = lane_offset
+
+        schema = env.schema
+        self._pending = schema.zeros(env.num_envs)  # (num_envs,) the row of each lane whose reward is not known yet
+        self._return = np.zeros(env.num_envs)
+        self._length = np.zeros(env.num_envs, np.int64)
+        # One recv adds at most a transition and a final row per result to what waits already.
+        room = max(rows_per_write, env.batch_size) + 2 * env.batch_size
+        self._rows = schema.zeros(room)
+        self._lanes: IntArray = np.zeros(room, np.int32)
+        self._waiting = 0  # rows in `_rows` not handed over
+        self._waiting_since = 0.0
+        # Whole rows as opaque bytes: numpy copies structured rows field by field otherwise.
+        opaque = np.dtype((np.void, schema.dtype.itemsize))
+        self._pending_bytes, self._rows_bytes = self._pending.view(opaque), self._rows.view(opaque)
+
+        self._env_steps = self._episode_count = self._broken_count = 0
+        self._infer_s = self._env_s = self._write_s = 0.0
+        self._began = time.perf_counter()
+        env.start()
+
+    def set_policy(self, version: int, data: bytes) -> None:
+        """Act with these weights from the next step on; `data` is one flat safetensors buffer."""
+        self._policy.load(data)
+        self.version = version
+
+    def step(self) -> int:
+        """One receive, act, send; hands over the rows that are due. Returns the environment steps that were completed."""
+        began = time.perf_counter()
+        result = self._env.recv()
+        received = time.perf_counter()
+        action, version = self._act(result)
+        acted = time.perf_counter()
+        self._env.send(action, result.env_id)
+        sent = time.perf_counter()
+        # Rows are made after `send`, while the environments already compute.
+        steps = self._complete(result)
+        self._begin(result, action, version)
+        if self._waiting and (
+            # What the next recv completes must fit as well: a write never holds more transitions than announced.
+            self._waiting + self._env.batch_size > self._rows_per_write
+            or time.perf_counter() - self._waiting_since >= self._write_every_s
+        ):
+            self._hand_over()
+        self._env_s += received - began + sent - acted
+        self._infer_s += acted - received
+        return steps
+
+    def stats(self) -> dict[str, float]:
+        """Counts and seconds since the start: acting, in the environments, waiting for the writer, and in all."""
+        return {
+            "env_steps": self._env_steps,
+            "episodes": self._episode_count,
+            "broken_episodes": self._broken_count,
+            "infer_s": self._infer_s,
+            "env_s": self._env_s,
+            "write_s": self._write_s,
+            "wall_s": time.perf_counter() - self._began,
+        }
+
+    def close(self) -> None:
+        """Write what is complete, and end the writer and the environments; open episodes are closed by the shard."""
+        try:
+            self._hand_over()
+            self._writer.close()
+        finally:
+            self._env.close()
+
+    def _act(self, result: EnvStep) -> tuple[NDArray[Any], int]:
+        """Actions (batch, action_dim) and the policy version that chose them; random actions have version 0."""
+        if self.version == 0 or self._env_steps < self._random_steps:
+            return self._env.sample_actions(len(result.env_id), self._generator), 0
+        return self._policy.act(result.observation, deterministic=False, generator=self._generator), self.version
+
+    def _complete(self, result: EnvStep) -> int:
+        """Write the rows whose rewards have come, and end the episodes that are over."""
+        stepped = ~(result.reset | result.broken)
+        lanes, reward = result.env_id, result.reward
+        if not stepped.all():
+            lanes, reward = lanes[stepped], reward[stepped]
+        count = len(lanes)
+        if count:
+            self._pending["reward"][lanes] = reward
+            begin, end = self._reserve(lanes)
+            # mode="clip" writes into `out` without a buffer between; lanes are never out of bounds.
+            self._pending_bytes.take(lanes, out=self._rows_bytes[begin:end], mode="clip")
+            self._return[lanes] += reward
+            self._length[lanes] += 1
+            self._env_steps += count
+        ended = result.terminated | result.truncated
+        if ended.any():
+            self._end(result, ended)
+        return count
+
+    def _begin(self, result: EnvStep, action: NDArray[Any], version: int) -> None:
+        """Keep the step that each lane now takes, until its reward is known."""
+        pending, lanes = self._pending, result.env_id
+        for name, values in result.observation.items():
+            pending[name][lanes] = values
+        pending["action"][lanes] = action
+        pending["is_first"][lanes] = result.reset
+        pending["policy_version"][lanes] = version
+
+    def _end(self, result: EnvStep, ended: BoolArray) -> None:
+        """Write the final rows of the episodes that are over, and log those that did not break."""
+        whole = ended & ~result.broken
+        if whole.any():
+            lanes = result.env_id[whole]
+            begin, end = self._reserve(lanes)
+            rows = self._rows[begin:end]
+            rows.view(np.uint8)[:] = 0
+            for name, values in result.observation.items():
+                rows[name] = values[whole]
+            rows["policy_version"] = self._pending["policy_version"][lanes]
+            rows["is_last"] = True
+            rows["is_terminal"] = result.terminated[whole]
+            for lane, terminated in zip(lanes.tolist(), result.terminated[whole].tolist(), strict=True):
+                episode = Episode(
+                    index=self._episode_count,
+                    return_=float(self._return[lane]),
+                    length=int(self._length[lane]),
+                    terminated=terminated,
+                    lane=lane + self._lane_offset,
+                )
+                self.episodes.append(episode)
+                self._episode_count += 1
+        if result.broken.any():
+            lanes = result.env_id[result.broken]
+            begin, end = self._reserve(lanes)
+            rows = self._rows[begin:end]
+            rows[:] = self._pending[lanes]
+            rows["action"] = 0
+            rows["reward"] = 0.0
+            rows["is_last"] = True
+            self._broken_count += len(lanes)
+        over = result.env_id[ended]
+        self._return[over] = 0.0
+        self._length[over] = 0
+
+    def _reserve(self, lanes: IntArray) -> tuple[int, int]:
+        """Place for one row per lane at the end of what waits to be handed over."""
+        if not self._waiting:
+            self._waiting_since = time.perf_counter()
+        begin, end = self._waiting, self._waiting + len(lanes)
+        np.add(lanes, self._lane_offset, out=self._lanes[begin:end])
+        self._waiting = end
+        return begin, end
+
+    def _hand_over(self) -> None:
+        if self._waiting:
+            began = time.perf_counter()
+            # Copies, because a writer may keep what it was given until it is acknowledged.
+            self._writer.append(self._lanes[: self._waiting].copy(), self._rows[: self._waiting])
+            self._waiting = 0
+            self._write_s += time.perf_counter() - began

@@ -1,0 +1,159 @@
+"""The folder of a run: its resolved settings, the facts of how it was started, and its events."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from cluster.files import read_json, without_nonfinite, write_atomically, write_json
+from configs.schema import RunConfig
+
+PACKAGES = ("millrace", "ray", "torch", "envpool", "gymnasium", "pyarrow", "grpcio", "numpy")
+
+
+class RunFolder:
+    """`<config.root>/<config.name>/`: config.yaml, run.json, events.jsonl, and the folders other parts write below it."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def create(cls, config: RunConfig, command: Sequence[str]) -> RunFolder:
+        """Make the folder, with config.yaml and run.json in it; the returned config carries the run's name.
+
+        Raises:
+            FileExistsError: a run of that name is there already; it is left as it is.
+        """
+        root = Path(config.root)
+        root.mkdir(parents=True, exist_ok=True)
+        names = [config.name] if config.name is not None else _default_names(config)
+        for name in names:
+            try:
+                (root / name).mkdir()
+                break
+            except FileExistsError:
+                continue
+        else:
+            taken = root / names[0]
+            raise FileExistsError(
+                f"{taken} exists already; choose another --name, remove that folder, or go on with it by --resume {taken}"
+            )
+        config = config.model_copy(update={"name": name})
+        run = cls(root / name, config)
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_atomically(run.path / "config.yaml", text.encode())
+        write_json(run.path / "run.json", _facts(config, command))
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open the folder of an earlier run.
+
+        Raises:
+            FileNotFoundError: the path holds no config.yaml.
+            ValueError: config.yaml is no YAML, or its settings do not fit this version of Millrace.
+        """
+        file = path / "config.yaml"
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} is not the folder of a run: it holds no config.yaml")
+        try:
+            config = RunConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"{file} cannot be used: {error}") from error
+        return cls(path, config)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints, see cluster.checkpoint."""
+        return self.path / "checkpoints"
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json holds."""
+        facts: dict[str, Any] = read_json(self.path / "run.json")
+        return facts
+
+    def resumed(self, command: Sequence[str]) -> None:
+        """Note in run.json that the run goes on, and by which command."""
+        facts = self.facts()
+        facts.setdefault("resumed", []).append({"command": list(command), "started": _now(), "commit": _commit()})
+        write_json(self.path / "run.json", facts)
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        """Put how the run ended into run.json; a resumed run replaces its earlier summary."""
+        write_json(self.path / "run.json", self.facts() | {"finished": _now(), "summary": dict(summary)})
+
+    def event(self, kind: str, text: str, *, time_s: float | None) -> None:
+        """Append one line to events.jsonl: what happened, `time_s` seconds after the first environment step."""
+        line = json.dumps(without_nonfinite({"time_s": time_s, "kind": kind, "text": text})) + "\n"
+        # One write of one line at the end of the file: lines of two processes do not mix.
+        descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+
+def _default_names(config: RunConfig) -> list[str]:
+    """Names to try in turn; the later ones serve runs that start in the same second."""
+    environment = re.sub(r"[^A-Za-z0-9._-]+", "-", config.env.id).strip("-._") or "run"
+    base = f"{environment[:60]}-{config.algorithm.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return [base, *(f"{base}-{number}" for number in range(2, 100))]
+
+
+def _facts(config: RunConfig, command: Sequence[str]) -> dict[str, Any]:
+    return {
+        "commit": _commit(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "seed": config.seed,
+        "command": list(command),
+        "started": _now(),
+        "machine": {
+            "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+            "memory_bytes": psutil.virtual_memory().total,
+            "platform": platform.platform(),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the source tree this file lies in, with `-dirty` where tracked files differ; None outside a checkout."""
+    source = Path(__file__).resolve()
+    # An installed copy may lie inside somebody else's repository, whose commit would say nothing about this code.
+    if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
+        return None
+    commit = _git(source.parent, "rev-parse", "HEAD")
+    changes = _git(source.parent, "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}-dirty" if commit and changes else commit or None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,437 @@
+"""How actors write to the replay service and learners read from it, over Arrow Flight or by a call.
+
+A table over several shards is read as one: each batch takes from each shard a number of windows drawn in proportion to
+the shards' masses (their item counts), from a stream of windows that the shard has already drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from .schema import StepSchema, WindowBatch
+from .server import CLOSE, MASS, SEQUENCE, ShardSpec, _action, _array, spec_json
+from .shard import Shard
+
+RETRY_S = 60.0  # how long a lost shard is waited for
+
+
+class Writer(Protocol):
+    """Where an actor's steps go."""
+
+    @property
+    def waiting_for(self) -> str | None:
+        """What `append` has been blocked by, in words; None while it is not blocked."""
+
+    def append(self, lanes: np.ndarray, rows: np.ndarray) -> None:
+        """Hand over steps: lanes int32 (n,), rows structured (n,), those of one lane in time order. Blocks when behind."""
+
+    def flush(self) -> None:
+        """Wait until everything appended is stored."""
+
+    def close(self) -> None:
+        """Flush, and end the writer's lanes: their open episodes are closed as truncated."""
+
+
+class CallWriter:
+    """Writes to a shard in this process; never waits."""
+
+    waiting_for: str | None = None
+
+    def __init__(self, shard: Shard, *, writer: str | None = None) -> None:
+        self._shard = shard
+        self._name = writer or uuid.uuid4().hex
+        self._sequence = shard.connect(self._name)
+
+    def append(self, lanes: np.ndarray, rows: np.ndarray) -> None:
+        """As `Writer.append`.
+
+        Raises:
+            RuntimeError: the limiter lets no more in before the learner has sampled.
+        """
+        self._sequence += 1
+        if not self._shard.insert(self._name, self._sequence, lanes, rows, timeout_s=0.0):
+            raise RuntimeError(f"inserting waits for {self._shard.limiter.why('insert')}; raise replay.error_buffer")
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._shard.disconnect(self._name, closed=True)
+
+
+class FlightWriter:
+    """Writes to a shard over one DoPut stream, with at most `in_flight` batches not yet acknowledged.
+
+    A batch keeps its sequence number when it is sent again after a lost connection, and the shard applies a number
+    once: so a retry never doubles a step.
+    """
+
+    def __init__(self, address: str, schema: StepSchema, *, in_flight: int = 4, retry_s: float = RETRY_S) -> None:
+        self._address = address
+        self._schema = schema.arrow()
+        self._row_bytes = schema.dtype.itemsize
+        self._retry_s = retry_s
+        self._in_flight = in_flight
+        self._name = uuid.uuid4().hex
+        self._sequence = -1
+        self._unacknowledged: deque[tuple[int, pa.RecordBatch]] = deque()
+        self._changed = threading.Condition()
+        self._error: Exception | None = None
+        self._blocked_since: float | None = None
+        self._connect()
+
+    @property
+    def waiting_for(self) -> str | None:
+        since = self._blocked_since
+        return None if since is None else f"replay at {self._address} for {time.monotonic() - since:.0f} s"
+
+    def _connect(self) -> None:
+        """Open a stream and send again what the shard has not applied."""
+        self._client = flight.FlightClient(self._address)
+        descriptor = flight.FlightDescriptor.for_command(json.dumps({"writer": self._name}).encode())
+        self._put, self._replies = self._client.do_put(descriptor, self._schema)
+        # The server's first answer comes once the stream's schema is there, which `begin` inside do_put has sent.
+        answer = self._replies.read()
+        if answer is None:
+            self._put.close()  # raises what the server said
+            raise flight.FlightUnavailableError(f"{self._address} ended the stream")
+        (applied,) = SEQUENCE.unpack(answer)
+        while self._unacknowledged and self._unacknowledged[0][0] <= applied:
+            self._unacknowledged.popleft()
+        for sequence, batch in self._unacknowledged:
+            self._put.write_with_metadata(batch, SEQUENCE.pack(sequence))
+        self._error = None
+        threading.Thread(target=self._read_replies, args=(self._replies,), name="writer-replies", daemon=True).start()
+
+    def _read_replies(self, replies: Any) -> None:
+        error: Exception = flight.FlightUnavailableError(f"{self._address} ended the stream")
+        try:
+            while (answer := replies.read()) is not None:
+                (applied,) = SEQUENCE.unpack(answer)
+                with self._changed:
+                    while self._unacknowledged and self._unacknowledged[0][0] <= applied:
+                        self._unacknowledged.popleft()
+                    self._changed.notify_all()
+        except (pa.ArrowException, flight.FlightError, OSError) as lost:
+            error = lost
+        with self._changed:
+            if replies is self._replies:
+                self._error = error
+                self._changed.notify_all()
+
+    def append(self, lanes: np.ndarray, rows: np.ndarray) -> None:
+        """As `Writer.append`.
+
+        Raises:
+            flight.FlightError: the shard refused the rows, or stayed away longer than `retry_s`.
+        """
+        rows = np.ascontiguousarray(rows)
+        columns = [
+            pa.array(np.ascontiguousarray(lanes, np.int32)),
+            # The caller may use its buffer again at once: the copy is ours until the shard has answered.
+            _array(self._schema.field(1).type, rows.copy().view(np.uint8), len(rows)),
+        ]
+        batch = pa.RecordBatch.from_arrays(columns, schema=self._schema)
+        self._wait(self._in_flight - 1)
+        with self._changed:
+            self._sequence += 1
+            self._unacknowledged.append((self._sequence, batch))
+        try:
+            self._put.write_with_metadata(batch, SEQUENCE.pack(self._sequence))
+        except (pa.ArrowException, flight.FlightError, OSError) as lost:
+            self._reconnect(lost)
+
+    def _wait(self, most: int) -> None:
+        """Wait until at most `most` batches are unacknowledged."""
+        while True:
+            with self._changed:
+                if len(self._unacknowledged) <= most:
+                    self._blocked_since = None
+                    return
+                self._blocked_since = self._blocked_since or time.monotonic()
+                self._changed.wait_for(lambda: self._error is not None or len(self._unacknowledged) <= most, 1.0)
+                error = self._error
+            if error is not None and len(self._unacknowledged) > most:
+                self._reconnect(error)
+
+    def _reconnect(self, error: Exception) -> None:
+        deadline = time.monotonic() + self._retry_s
+        while True:
+            # What the server has refused on purpose, it will refuse again.
+            if isinstance(error, flight.FlightServerError) or time.monotonic() > deadline:
+                raise error
+            time.sleep(0.2)
+            try:
+                self._connect()
+                return
+            except (pa.ArrowException, flight.FlightError, OSError) as again:
+                error = again
+
+    def flush(self) -> None:
+        self._wait(0)
+
+    def close(self) -> None:
+        self._wait(0)
+        self._put.write_metadata(CLOSE)
+        self._put.done_writing()
+        self._put.close()
+        self._client.close()
+
+
+class Source(Protocol):
+    """Windows drawn by one shard."""
+
+    mass: int
+
+    def take(self, count: int, timeout_s: float) -> WindowBatch | None:
+        """The next `count` windows; None when they did not come in time."""
+
+    def close(self) -> None: ...
+
+
+class CallSource:
+    """Windows of a shard in this process."""
+
+    def __init__(self, shard: Shard, *, horizon: int) -> None:
+        self._shard = shard
+        self._horizon = horizon
+
+    @property
+    def mass(self) -> int:
+        return self._shard.items
+
+    def take(self, count: int, timeout_s: float) -> WindowBatch | None:
+        return self._shard.sample(count, self._horizon, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        pass
+
+
+class StreamSource:
+    """Windows of a shard over one DoGet stream that serves blocks of windows, drawn ahead."""
+
+    def __init__(
+        self, address: str, schema: StepSchema, *, index: int, block: int, horizon: int, prefetch: int
+    ) -> None:
+        """
+        index: number of the shard.
+        block: windows in one message.
+        prefetch: messages drawn ahead of use.
+        """
+        self.mass = 0
+        self._address = address
+        self._dtype = schema.dtype
+        self._index = index
+        self._horizon = horizon
+        self._ticket = {"batch": block, "horizon": horizon, "prefetch": prefetch}
+        self._blocks: queue.SimpleQueue[WindowBatch | Exception] = queue.SimpleQueue()
+        self._current: WindowBatch | None = None
+        self._at = 0
+        self._used = 0
+        self._ack_every = max(1, prefetch // 2)
+        self._stream = ""
+        self._closing = False
+        self._thread = threading.Thread(target=self._read, name=f"stream-{index}", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        lost_since: float | None = None
+        while not self._closing:
+            try:
+                self._stream = uuid.uuid4().hex
+                self._client = flight.FlightClient(self._address)
+                ticket = flight.Ticket(json.dumps({"stream": self._stream, **self._ticket}).encode())
+                self._reader = self._client.do_get(ticket)
+                while not self._closing:
+                    chunk = self._reader.read_chunk()
+                    lost_since = None
+                    (self.mass,) = MASS.unpack(chunk.app_metadata)
+                    self._blocks.put(self._windows(chunk.data))
+            except StopIteration:
+                error: Exception = flight.FlightUnavailableError(f"{self._address} ended the stream")
+            except (pa.ArrowException, flight.FlightError, OSError) as lost:
+                error = lost
+            if self._closing:
+                return
+            lost_since = lost_since or time.monotonic()
+            if isinstance(error, flight.FlightServerError) or time.monotonic() - lost_since > RETRY_S:
+                self._blocks.put(error)
+                return
+            self.mass = 0  # meanwhile the table is its other shards
+            time.sleep(0.2)
+
+    def _windows(self, batch: pa.RecordBatch) -> WindowBatch:
+        count = batch.num_rows
+        steps = np.frombuffer(batch.column(0).buffers()[1], self._dtype, count * (self._horizon + 1))
+        return WindowBatch(
+            steps=steps.reshape(count, self._horizon + 1),
+            length=batch.column(1).to_numpy(),
+            item=batch.column(2).to_numpy(),
+            shard=np.full(count, self._index, np.int32),
+            probability=batch.column(3).to_numpy(),
+        )
+
+    def take(self, count: int, timeout_s: float) -> WindowBatch | None:
+        deadline = time.monotonic() + timeout_s
+        parts: list[WindowBatch] = []
+        missing = count
+        while missing:
+            if self._current is None:
+                try:
+                    block = self._blocks.get(timeout=max(0.0, deadline - time.monotonic()))
+                except queue.Empty:
+                    # What was taken goes back to the front: nothing that the shard drew is lost.
+                    if parts:
+                        self._current, self._at = concatenate(parts), 0
+                    return None
+                if isinstance(block, Exception):
+                    raise block
+                self._current, self._at = block, 0
+            whole, begin = self._current, self._at
+            end = min(len(whole), begin + missing)
+            parts.append(whole if (begin, end) == (0, len(whole)) else _slice(whole, begin, end))
+            missing -= end - begin
+            self._at = end
+            if end == len(whole):
+                self._current = None
+                self._acknowledge()
+        return parts[0] if len(parts) == 1 else concatenate(parts)
+
+    def _acknowledge(self) -> None:
+        self._used += 1
+        if self._used >= self._ack_every:
+            used, self._used = self._used, 0
+            try:
+                _action(self._client, "ack", {"stream": self._stream, "count": used})
+            except (pa.ArrowException, flight.FlightError, OSError):
+                return  # the reading thread finds the lost shard and opens a new stream
+
+    def close(self) -> None:
+        self._closing = True
+        self._reader.cancel()
+        self._thread.join(timeout=5.0)
+        self._client.close()
+
+
+def _slice(batch: WindowBatch, begin: int, end: int) -> WindowBatch:
+    return WindowBatch(**{name: value[begin:end] for name, value in vars(batch).items()})
+
+
+def concatenate(parts: Sequence[WindowBatch]) -> WindowBatch:
+    """One batch of several, in order."""
+    return WindowBatch(**{name: np.concatenate([vars(p)[name] for p in parts]) for name in vars(parts[0])})
+
+
+class Sampler:
+    """Draws batches of windows over all shards of a table, in proportion to their masses."""
+
+    def __init__(self, sources: Sequence[Source], *, batch_size: int, seed: int) -> None:
+        self._sources = list(sources)
+        self._batch_size = batch_size
+        self._rng = np.random.Generator(np.random.PCG64(seed))
+        self._counts: np.ndarray | None = None  # windows still to come from each shard for the batch begun
+        self._shares = np.ones(1)
+        self._parts: list[WindowBatch] = []
+
+    def sample(self, timeout_s: float) -> WindowBatch:
+        """The next batch.
+
+        Raises:
+            TimeoutError: the shards had no windows to give, or were not allowed to, within `timeout_s`.
+        """
+        if len(self._sources) == 1:
+            batch = self._sources[0].take(self._batch_size, timeout_s)
+            if batch is None:
+                raise TimeoutError(f"no batch within {timeout_s:g} s")
+            return batch
+        deadline = time.monotonic() + timeout_s
+        if self._counts is None:
+            while not (masses := np.array([s.mass for s in self._sources], np.float64)).any():
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"no shard had a window within {timeout_s:g} s")
+                time.sleep(0.005)
+            self._shares = masses / masses.sum()
+            self._counts = self._rng.multinomial(self._batch_size, self._shares)
+        for index, source in enumerate(self._sources):
+            if (count := int(self._counts[index])) == 0:
+                continue
+            part = source.take(count, max(0.0, deadline - time.monotonic()))
+            if part is None:
+                if source.mass == 0:  # the shard is lost: begin the batch again from those that live
+                    self._counts, self._parts = None, []
+                raise TimeoutError(f"shard {index} gave no windows within {timeout_s:g} s")
+            self._parts.append(replace(part, probability=part.probability * self._shares[index]))
+            self._counts[index] = 0
+        parts, self._parts, self._counts = self._parts, [], None
+        return concatenate(parts)
+
+    def close(self) -> None:
+        for source in self._sources:
+            source.close()
+
+
+def stream_sampler(
+    addresses: Sequence[str], schema: StepSchema, *, batch_size: int, horizon: int, prefetch: int, seed: int
+) -> Sampler:
+    """A sampler over the shards at these Flight addresses; `prefetch` counts batches drawn ahead, over all shards."""
+    block = -(-batch_size // len(addresses))
+    sources = [
+        StreamSource(address, schema, index=index, block=block, horizon=horizon, prefetch=prefetch)
+        for index, address in enumerate(addresses)
+    ]
+    return Sampler(sources, batch_size=batch_size, seed=seed)
+
+
+class ShardProcess:
+    """A shard in a child process, without Ray: for tests and benchmarks. It ends with its parent."""
+
+    def __init__(self, spec: ShardSpec) -> None:
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "replay.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.write(spec_json(spec) + "\n")
+        self._child.stdin.flush()
+        line = self._child.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the shard process ended with exit code {self._child.wait()}; its error is above")
+        answer = json.loads(line)
+        self.address: str = answer["address"]
+        self.health: str = answer["health"]
+        self.pid = self._child.pid
+
+    def stats(self) -> dict[str, Any]:
+        """As `ShardServer.stats`."""
+        with flight.FlightClient(self.address) as client:
+            return _action(client, "stats", {})
+
+    def close(self) -> None:
+        """End the process and remove its storage."""
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        try:
+            self._child.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+    def __enter__(self) -> ShardProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

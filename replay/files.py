@@ -1,0 +1,93 @@
+"""Memory-mapped storage files: reserved in full when they are made, named after their run, listed when their run is dead."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_NAME = re.compile(r"^millrace\.(?P<run>.+)\.shard(?P<shard>\d+)\.(?P<pid>\d+)\.rows$")
+
+
+class StorageFile:
+    """A file of fixed size, mapped into memory, that this process holds locked until `close` removes it."""
+
+    def __init__(self, directory: str | Path, *, run: str, shard: int, size: int) -> None:
+        """Reserve `size` bytes under `directory`.
+
+        Raises:
+            OSError: the folder has too little space (ENOSPC, naming the path, what is free and what is needed) or is missing.
+        """
+        self.path = Path(directory) / f"millrace.{run}.shard{shard}.{os.getpid()}.rows"
+        self.size = size
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot make a storage file in {directory} ({error.strerror}); set replay.directory"
+            ) from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Pages of a sparse file are found missing only when they are touched, as a SIGBUS; this finds it now.
+            os.posix_fallocate(self._fd, 0, size)
+            self._map = mmap.mmap(self._fd, size)
+        except OSError as error:
+            free = os.statvfs(directory)
+            os.unlink(self.path)
+            os.close(self._fd)
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"{directory} has {free.f_bavail * free.f_frsize / 2**20:.0f} MiB free and the replay shard needs "
+                f"{size / 2**20:.0f} MiB; lower replay.capacity, set replay.directory to a larger disk, or free what "
+                f"`millrace clean` lists (Ray's object store lives in /dev/shm too)",
+            ) from None
+
+    def array(self) -> np.ndarray:
+        """The mapped bytes as uint8 (size,)."""
+        return np.frombuffer(self._map, np.uint8)
+
+    def close(self) -> None:
+        """Remove the file; the mapping lives on until its last array is gone."""
+        if self._fd >= 0:
+            self.path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = -1
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A storage file whose process is gone."""
+
+    path: Path
+    run: str
+    pid: int
+    size: int
+
+
+def leftovers(directory: str | Path) -> list[Leftover]:
+    """Storage files in `directory` that no living process holds."""
+    found = []
+    for path in sorted(Path(directory).glob("millrace.*.rows")):
+        match = _NAME.match(path.name)
+        if match is None:
+            continue
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # removed meanwhile, or another user's
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found.append(Leftover(path, match["run"], int(match["pid"]), os.fstat(fd).st_size))
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(fd)
+    return found

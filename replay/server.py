@@ -1,0 +1,305 @@
+"""A shard behind Arrow Flight, with `grpc.health.v1` beside it.
+
+Data plane, all on long-lived streams:
+  DoPut   descriptor {"writer": id}: batches of (lane, row) with their sequence number as metadata, each answered with the
+          number last applied; the first answer is that number before the stream began, so that a writer knows what to
+          send again. Metadata `close` ends the writer and its lanes.
+  DoGet   ticket {"stream": id, "batch": n, "horizon": h, "prefetch": k}: batches of windows without end, at most k ahead of
+          what the reader has acknowledged.
+  DoAction ack {"stream", "count"}; lease {"side", "count", "deleted", "timeout_s"}; stats; save {"path"}.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pyarrow as pa
+import pyarrow.flight as flight
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from . import snapshot
+from .files import StorageFile
+from .limiter import LeasedLimiter, Limiter, RateLimiter, Side
+from .schema import SchemaError, StepSchema, WindowBatch
+from .shard import Shard, WriterClosedError
+
+log = logging.getLogger(__name__)
+
+SEQUENCE = struct.Struct("<q")
+MASS = struct.Struct("<q")
+CLOSE = b"close"
+_POLL_S = 0.5  # how often a blocked call looks whether its caller is still there
+
+
+def window_schema(schema: StepSchema, horizon: int) -> pa.Schema:
+    """Arrow schema of a batch of windows: the packed rows of a window side by side in one FixedSizeBinary value."""
+    return pa.schema(
+        [
+            pa.field("steps", pa.binary((horizon + 1) * schema.dtype.itemsize)),
+            pa.field("length", pa.int32()),
+            pa.field("item", pa.int64()),
+            pa.field("probability", pa.float64()),
+        ],
+        metadata=schema.arrow().metadata,
+    )
+
+
+def _array(type_: pa.DataType, values: np.ndarray, count: int) -> pa.Array:
+    return pa.Array.from_buffers(type_, count, [None, pa.py_buffer(values)])
+
+
+def to_arrow(batch: WindowBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """A batch of windows as one record batch, without a copy."""
+    values = (batch.steps.reshape(-1).view(np.uint8), batch.length, batch.item, batch.probability)
+    columns = [_array(f.type, v, len(batch)) for f, v in zip(schema, values, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def rows_from_arrow(batch: pa.RecordBatch, schema: StepSchema) -> tuple[np.ndarray, np.ndarray]:
+    """(lanes int32 (n,), rows structured (n,)) of a record batch that a writer sent, without a copy."""
+    lanes, rows = batch.column(0), batch.column(1)
+    if lanes.null_count or rows.null_count:
+        raise SchemaError("expected rows without nulls")
+    size = schema.dtype.itemsize
+    data = np.frombuffer(rows.buffers()[1], np.uint8, len(rows) * size, rows.offset * size)
+    return lanes.to_numpy(), data.view(schema.dtype)
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Everything a shard process needs to start."""
+
+    schema: str  # StepSchema.to_json()
+    run: str
+    index: int
+    capacity: int  # steps of this shard
+    segment_steps: int
+    samples_per_insert: float
+    min_size: int
+    error_buffer: float
+    seed: int
+    directory: str
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: any free one
+    limiter_address: str | None = None  # Flight address of shard 0; None on shard 0 itself
+
+
+class _Stream:
+    """How far a reader's stream may run ahead."""
+
+    def __init__(self, prefetch: int) -> None:
+        self._prefetch = prefetch
+        self._sent = 0
+        self._acknowledged = 0
+        self._changed = threading.Condition()
+
+    def may_send(self, timeout_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._sent - self._acknowledged < self._prefetch, timeout_s)
+
+    def sent(self) -> None:
+        with self._changed:
+            self._sent += 1
+
+    def acknowledge(self, count: int) -> None:
+        with self._changed:
+            self._acknowledged += count
+            self._changed.notify_all()
+
+    @property
+    def unused(self) -> int:
+        return self._sent - self._acknowledged
+
+
+class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
+    """Serves one shard. The constructor returns when it listens; `close` ends it."""
+
+    def __init__(self, spec: ShardSpec, *, restore: Path | None = None) -> None:
+        """`restore`: a snapshot file to start from."""
+        schema = StepSchema.from_json(spec.schema)
+        size = Shard.memory_bytes(schema, capacity=spec.capacity, segment_steps=spec.segment_steps)
+        self._leader: RateLimiter | None = None
+        limiter: Limiter
+        if spec.limiter_address is None:
+            limiter = self._leader = RateLimiter(
+                samples_per_insert=spec.samples_per_insert, min_size=spec.min_size, error_buffer=spec.error_buffer
+            )
+        else:
+            leader = flight.FlightClient(spec.limiter_address)
+
+            def lease(side: Side, count: int, deleted: int, timeout_s: float) -> bool:
+                body = {"side": side, "count": count, "deleted": deleted, "timeout_s": timeout_s}
+                return bool(_action(leader, "lease", body)["granted"])
+
+            limiter = LeasedLimiter(lease, insert_block=64, sample_block=1024)
+        self.shard = Shard(
+            schema,
+            limiter,
+            index=spec.index,
+            capacity=spec.capacity,
+            segment_steps=spec.segment_steps,
+            seed=spec.seed,
+            file=StorageFile(spec.directory, run=spec.run, shard=spec.index, size=size),
+        )
+        self._streams: dict[str, _Stream] = {}
+        self._closing = threading.Event()
+        if restore is not None:
+            snapshot.load(self.shard, restore)
+        super().__init__(f"grpc://{spec.host}:{spec.port}")
+        self.address = f"grpc://{spec.host}:{self.port}"
+        self._health = grpc.server(_daemon_pool())
+        servicer = health.HealthServicer()
+        servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, self._health)
+        self.health_address = f"{spec.host}:{self._health.add_insecure_port(f'{spec.host}:0')}"
+        self._health.start()
+
+    # ------------------------------------------------------------------ Flight
+
+    def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
+        shard = self.shard
+        name = str(json.loads(descriptor.command)["writer"])
+        expected = shard.schema.arrow()
+        if not reader.schema.equals(expected, check_metadata=True):
+            raise flight.FlightServerError(
+                f"the writer's rows do not fit shard {shard.index}: expected {expected.metadata}, received "
+                f"{reader.schema.names} with {reader.schema.metadata}"
+            )
+        closed = False
+        try:
+            writer.write(SEQUENCE.pack(shard.connect(name)))
+            while True:
+                try:
+                    chunk = reader.read_chunk()
+                except StopIteration:
+                    break
+                if chunk.data is None:
+                    closed = chunk.app_metadata.to_pybytes() == CLOSE
+                    break
+                (sequence,) = SEQUENCE.unpack(chunk.app_metadata)
+                lanes, rows = rows_from_arrow(chunk.data, shard.schema)
+                while not shard.insert(name, sequence, lanes, rows, timeout_s=_POLL_S):
+                    if self._closing.is_set() or context.is_cancelled():
+                        return
+                writer.write(SEQUENCE.pack(sequence))
+        except (SchemaError, WriterClosedError, struct.error) as error:
+            raise flight.FlightServerError(str(error)) from None
+        finally:
+            shard.disconnect(name, closed=closed)
+
+    def do_get(self, context: Any, ticket: Any) -> Any:
+        wanted = json.loads(ticket.ticket)
+        batch, horizon = int(wanted["batch"]), int(wanted["horizon"])
+        stream = self._streams[str(wanted["stream"])] = _Stream(int(wanted["prefetch"]))
+        schema = window_schema(self.shard.schema, horizon)
+
+        def batches() -> Iterator[tuple[pa.RecordBatch, bytes]]:
+            try:
+                while not self._closing.is_set() and not context.is_cancelled():
+                    if not stream.may_send(_POLL_S):
+                        continue
+                    windows = self.shard.sample(batch, horizon, timeout_s=_POLL_S)
+                    if windows is None:
+                        continue
+                    stream.sent()
+                    yield to_arrow(windows, schema), MASS.pack(self.shard.items)
+            finally:
+                del self._streams[str(wanted["stream"])]
+                self.shard.unused(stream.unused * batch)
+
+        return flight.GeneratorStream(schema, batches())
+
+    def do_action(self, context: Any, action: Any) -> list[bytes]:
+        body: dict[str, Any] = json.loads(action.body.to_pybytes() or b"{}")
+        match action.type:
+            case "ack":
+                stream = self._streams.get(str(body["stream"]))
+                if stream is not None:
+                    stream.acknowledge(int(body["count"]))
+                answer: dict[str, Any] = {}
+            case "lease":
+                if self._leader is None:
+                    raise flight.FlightServerError(f"shard {self.shard.index} does not hold the table's limiter")
+                self._leader.deleted(int(body["deleted"]))
+                timeout_s = min(float(body["timeout_s"]), _POLL_S)
+                granted = self._leader.acquire(body["side"], int(body["count"]), timeout_s=timeout_s)
+                answer = {"granted": granted}
+            case "stats":
+                answer = self.stats()
+            case "save":
+                answer = self.save(Path(str(body["path"])))
+            case unknown:
+                raise flight.FlightServerError(f"unknown action {unknown!r}; known are ack, lease, stats, save")
+        return [json.dumps(answer).encode()]
+
+    # ----------------------------------------------------------------- control
+
+    def stats(self) -> dict[str, Any]:
+        """The shard's statistics; on shard 0 with the limiter's counters as well."""
+        found = self.shard.stats()
+        if self._leader is not None:
+            found["limiter"] = {
+                "inserted": self._leader.inserted,
+                "sampled": self._leader.sampled,
+                "removed": self._leader.removed,
+            }
+        return found
+
+    def save(self, path: Path) -> dict[str, int]:
+        """Write a snapshot while serving. Returns the counters it holds."""
+        return snapshot.save(self.shard, path)
+
+    def restore_limiter(self, *, inserted: int, sampled: int, items: int) -> None:
+        """Set the limiter's counters to the sums over all shards; on shard 0 only."""
+        if self._leader is None:
+            raise ValueError(f"shard {self.shard.index} does not hold the table's limiter")
+        self._leader.restore(inserted=inserted, sampled=sampled, removed=inserted - items)
+
+    def close(self) -> None:
+        """Stop serving and remove the storage file."""
+        self._closing.set()
+        self._health.stop(grace=None)
+        self.shutdown()
+        self.shard.close()
+
+
+def _daemon_pool() -> Any:
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(max_workers=2, thread_name_prefix="health")
+
+
+def _action(client: flight.FlightClient, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+    (result,) = client.do_action(flight.Action(kind, json.dumps(body).encode()))
+    answer: dict[str, Any] = json.loads(result.body.to_pybytes())
+    return answer
+
+
+def main() -> None:
+    """Run a shard in a process of its own: its spec as JSON on the first line of standard input, its addresses out.
+
+    It ends when standard input does, so that it never outlives its parent.
+    """
+    server = ShardServer(ShardSpec(**json.loads(sys.stdin.readline())))
+    print(json.dumps({"address": server.address, "health": server.health_address}), flush=True)
+    sys.stdin.read()
+    server.close()
+
+
+def spec_json(spec: ShardSpec) -> str:
+    """The line that `main` reads."""
+    return json.dumps(asdict(spec))
+
+
+if __name__ == "__main__":
+    main()
