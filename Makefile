@@ -20,7 +20,7 @@ help:
 	@echo "make test         ruff, mypy and the tests"
 	@echo "make test-all     the same with the slow tests"
 	@echo "make install      install Millrace into .venv, which demo and test do by themselves"
-	@echo "make constraints  write constraints.txt anew from the newest versions that fit pyproject.toml"
+	@echo "make constraints  pin the versions that are in .venv in constraints.txt"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 	@echo
 	@echo "PYTHON=python3.12        the Python that .venv is made with, 3.11 or newer"
@@ -63,17 +63,14 @@ $(TESTS): $(BASE)
 	@$(PIP) install -c constraints.txt -e '.[test]'
 	@touch $@
 
-# In an environment of its own, so that only what Millrace pulls in is pinned; build suffixes such as +cpu are cut off.
-constraints:
-	@$(PYTHON) -m venv --clear .venv-constraints
-	@test -z "$(TORCH_INDEX)" || .venv-constraints/bin/pip install -q --no-deps --index-url "$(TORCH_INDEX)" torch
-	@.venv-constraints/bin/pip install -q '.[test]'
-	@{ echo "# Every version that was tested, with $$($(PYTHON) -V). Made by: make constraints"; \
-	   .venv-constraints/bin/pip freeze --all --exclude pip --exclude millrace \
-	   | sed -E 's/\+[A-Za-z0-9.]+$$//; /^(nvidia-|cuda-|triton==)/d' | LC_ALL=C sort -f; } > .constraints.new
-	@mv .constraints.new constraints.txt
-	@rm -rf .venv-constraints
+# To move to newer versions: upgrade them in .venv with pip, `make test`, then this. Build suffixes (+cpu) and the CUDA
+# libraries, which torch itself pins, are left out, so that the pins fit every machine.
+constraints: $(TESTS)
+	@{ echo "# Every version that was tested, with $$($(BIN)/python -V). Made by: make constraints"; \
+	   $(PIP) freeze --all --exclude pip --exclude millrace | sed -E 's/\+[A-Za-z0-9.]+$$//; /^(nvidia-|cuda-|triton==)/d' \
+	   | LC_ALL=C sort -f; } > $(VENV)/constraints.txt
+	@mv $(VENV)/constraints.txt constraints.txt
 
 clean:
-	@rm -rf $(VENV) .venv-constraints build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

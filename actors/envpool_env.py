@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import difflib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -163,23 +165,25 @@ def _load_opengl() -> None:
             return
 
 
-def _render_once(env_id: str, kwargs: Mapping[str, Any]) -> None:
+def _render_once(env_id: str, kwargs: Mapping[str, Any], scratch: str) -> None:
     _load_opengl()
     pool = envpool.make(env_id, env_type="gymnasium", num_envs=1, render_mode="rgb_array", **kwargs)
     pool.reset()
+    os.chdir(scratch)  # MuJoCo writes a log into the current directory when it fails
     pool.render(env_ids=np.zeros(1, np.int32))
 
 
 def _check_rendering(env_id: str, kwargs: Mapping[str, Any]) -> None:
     """Draw one frame in another process, because a renderer without OpenGL ends the process it runs in."""
     code = "import json, sys; from actors import envpool_env as e; e._render_once(*json.loads(sys.argv[1]))"
-    child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, json.dumps([env_id, dict(kwargs)])],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        child = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, json.dumps([env_id, dict(kwargs), scratch])],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
     if child.returncode != 0:
         reason = (child.stderr.strip() or child.stdout.strip() or f"exit status {child.returncode}").splitlines()[-1]
         raise EnvError(

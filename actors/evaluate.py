@@ -89,6 +89,8 @@ def evaluate(settings: EnvSettings, policy: Policy, *, episodes: int, seed: int,
 def record(settings: EnvSettings, policy: Policy, *, path: Path | str, seed: int) -> float:
     """Draw one deterministic episode into a GIF, with the environment's own renderer. Returns its return.
 
+    Long episodes are drawn with a stride and large pictures with fewer pixels; folders of `path` are made.
+
     Raises:
         EnvError: the environment cannot be built, draw itself on this machine, or finish an episode.
     """
@@ -114,6 +116,7 @@ def record(settings: EnvSettings, policy: Policy, *, path: Path | str, seed: int
             step += 1
     finally:
         env.close()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     imageio.imwrite(Path(path), frames, extension=".gif", duration=FRAME_MS, loop=0)
     return total
 

@@ -320,8 +320,9 @@ class RunConfig(Settings):
         least = math.ceil((inserts + samples / self.samples_per_insert) / 2)
         if replay.error_buffer < least:
             yield (
-                f"replay.error_buffer ({replay.error_buffer}) is too small for actors.rows_per_write × actors.count "
-                f"inserts and replay.prefetch batches at once: at least {least} is needed"
+                f"replay.error_buffer ({replay.error_buffer}) is too small: at least {least} is needed for one write of "
+                f"each actor (actors.count × the larger of actors.rows_per_write and actors.envs) and replay.prefetch "
+                f"batches at once"
             )
 
         if stop.mean_return is not None and self.eval.every == 0:

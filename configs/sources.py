@@ -34,6 +34,7 @@ class Dumper(yaml.SafeDumper):
     """yaml's safe dumper, which quotes text that `Loader` would take for a number, and writes tuples as lists."""
 
 
+_COLLECTIONS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
@@ -89,6 +90,8 @@ class Sources:
         if node in parents:
             raise ValueError(f"line {node.start_mark.line + 1} contains itself")
         parents = (*parents, node)
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTIONS:
+            raise ValueError(f"line {node.start_mark.line + 1}: unknown tag {node.tag}")
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(loader, item, f"{prefix}{i}.", file, parents) for i, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):

@@ -115,7 +115,10 @@ class Squashed:
         return cls(torch.tanh(u), density.sum(-1) - constant, deviation, half * (1.0 - squashed.square()))
 
     def gradient(self, of_action: Tensor, of_log_prob: Tensor) -> Tensor:
-        """Gradient (rows, 2 * action_dim) of the head's first `rows` rows, from those of `action` (rows, action_dim) and `log_prob` (scalar)."""
+        """Gradient (rows, 2 * action_dim) of the first rows of the head.
+
+        `of_action` (rows, action_dim) is that of their actions, `of_log_prob` that of each log-probability.
+        """
         rows = len(of_action)
         action = self.action[:rows]
         # d log_prob / du = 2 tanh(u) at fixed noise, so sigma moves log_prob through u and by -1 directly.
@@ -162,18 +165,16 @@ class Sac:
         log_temperature = torch.tensor([math.log(settings.initial_temperature)])
         self._log_temperature = _Trained(log_temperature, settings.temperature_lr, self.device)
         self._targets = self._critics.value.clone()
-        self._policy_layers, self._policy_grads = policy.layers(self._policy.value), policy.layers(self._policy.grad)
-        self._critic_layers, self._critic_grads = (
-            critics.layers(self._critics.value),
-            critics.layers(self._critics.grad),
-        )
+        self._policy_layers = policy.layers(self._policy.value)
+        self._policy_grads = policy.layers(self._policy.grad)
+        self._critic_layers = critics.layers(self._critics.value)
+        self._critic_grads = critics.layers(self._critics.grad)
         self._target_layers = critics.layers(self._targets)
 
         # Row k holds gamma^0 … gamma^(k-1), then zeros: multiplied with a window of length k it leaves the return.
         powers = settings.discount ** np.arange(settings.n_step + 1)
-        self._return_weights = np.tril(np.broadcast_to(powers[:-1], (settings.n_step + 1, settings.n_step)), -1).astype(
-            "f4"
-        )
+        rows = np.broadcast_to(powers[:-1], (settings.n_step + 1, settings.n_step))
+        self._return_weights = np.tril(rows, -1).astype("f4")
         self._bootstrap = powers.astype("f4")  # gamma^k by window length k
         self._sums = torch.zeros(len(MEANS), device=self.device)
         self._largest = torch.zeros(len(LARGEST), device=self.device)

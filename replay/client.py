@@ -15,6 +15,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -22,11 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from .schema import StepSchema, WindowBatch
-from .server import CLOSE, MASS, SEQUENCE, ShardSpec, _action, _array, spec_json
+from .schema import SchemaError, StepSchema, WindowBatch
+from .server import CLOSE, MASS, SEQUENCE, ShardSpec, _action, _array, spec_json, window_schema
 from .shard import Shard
 
 RETRY_S = 60.0  # how long a lost shard is waited for
+_LOST = (pa.ArrowException, flight.FlightError, OSError)
 
 
 class Writer(Protocol):
@@ -82,8 +84,8 @@ class FlightWriter:
 
     def __init__(self, address: str, schema: StepSchema, *, in_flight: int = 4, retry_s: float = RETRY_S) -> None:
         self._address = address
+        self._dtype = schema.dtype
         self._schema = schema.arrow()
-        self._row_bytes = schema.dtype.itemsize
         self._retry_s = retry_s
         self._in_flight = in_flight
         self._name = uuid.uuid4().hex
@@ -109,24 +111,27 @@ class FlightWriter:
         if answer is None:
             self._put.close()  # raises what the server said
             raise flight.FlightUnavailableError(f"{self._address} ended the stream")
-        (applied,) = SEQUENCE.unpack(answer)
-        while self._unacknowledged and self._unacknowledged[0][0] <= applied:
-            self._unacknowledged.popleft()
-        for sequence, batch in self._unacknowledged:
+        self._applied(answer)
+        with self._changed:
+            self._error = None
+            again = list(self._unacknowledged)
+        for sequence, batch in again:
             self._put.write_with_metadata(batch, SEQUENCE.pack(sequence))
-        self._error = None
         threading.Thread(target=self._read_replies, args=(self._replies,), name="writer-replies", daemon=True).start()
+
+    def _applied(self, answer: Any) -> None:
+        (applied,) = SEQUENCE.unpack(answer)
+        with self._changed:
+            while self._unacknowledged and self._unacknowledged[0][0] <= applied:
+                self._unacknowledged.popleft()
+            self._changed.notify_all()
 
     def _read_replies(self, replies: Any) -> None:
         error: Exception = flight.FlightUnavailableError(f"{self._address} ended the stream")
         try:
             while (answer := replies.read()) is not None:
-                (applied,) = SEQUENCE.unpack(answer)
-                with self._changed:
-                    while self._unacknowledged and self._unacknowledged[0][0] <= applied:
-                        self._unacknowledged.popleft()
-                    self._changed.notify_all()
-        except (pa.ArrowException, flight.FlightError, OSError) as lost:
+                self._applied(answer)
+        except _LOST as lost:
             error = lost
         with self._changed:
             if replies is self._replies:
@@ -137,23 +142,27 @@ class FlightWriter:
         """As `Writer.append`.
 
         Raises:
+            SchemaError: the rows have another layout than the table.
             flight.FlightError: the shard refused the rows, or stayed away longer than `retry_s`.
         """
-        rows = np.ascontiguousarray(rows)
+        if rows.dtype != self._dtype:
+            raise SchemaError(f"rows have the layout {rows.dtype}; the table expects {self._dtype}")
         columns = [
-            pa.array(np.ascontiguousarray(lanes, np.int32)),
-            # The caller may use its buffer again at once: the copy is ours until the shard has answered.
-            _array(self._schema.field(1).type, rows.copy().view(np.uint8), len(rows)),
+            # The caller may use its buffers again at once: the copies are ours until the shard has answered.
+            pa.array(np.array(lanes, np.int32)),
+            _array(self._schema.field(1).type, np.array(rows, order="C").view(np.uint8), len(rows)),
         ]
         batch = pa.RecordBatch.from_arrays(columns, schema=self._schema)
         self._wait(self._in_flight - 1)
         with self._changed:
             self._sequence += 1
             self._unacknowledged.append((self._sequence, batch))
+        self._blocked_since = time.monotonic()  # the connection may be full
         try:
             self._put.write_with_metadata(batch, SEQUENCE.pack(self._sequence))
-        except (pa.ArrowException, flight.FlightError, OSError) as lost:
+        except _LOST as lost:
             self._reconnect(lost)
+        self._blocked_since = None
 
     def _wait(self, most: int) -> None:
         """Wait until at most `most` batches are unacknowledged."""
@@ -170,6 +179,10 @@ class FlightWriter:
 
     def _reconnect(self, error: Exception) -> None:
         deadline = time.monotonic() + self._retry_s
+        try:
+            self._put.close()  # raises what the shard said, if it ended the stream
+        except _LOST as said:
+            error = said
         while True:
             # What the server has refused on purpose, it will refuse again.
             if isinstance(error, flight.FlightServerError) or time.monotonic() > deadline:
@@ -178,7 +191,7 @@ class FlightWriter:
             try:
                 self._connect()
                 return
-            except (pa.ArrowException, flight.FlightError, OSError) as again:
+            except _LOST as again:
                 error = again
 
     def flush(self) -> None:
@@ -186,16 +199,45 @@ class FlightWriter:
 
     def close(self) -> None:
         self._wait(0)
-        self._put.write_metadata(CLOSE)
-        self._put.done_writing()
-        self._put.close()
+        with suppress(*_LOST):  # every step is stored; the lanes then end with the writer's lease
+            self._put.write_metadata(CLOSE)
+            self._put.done_writing()
+            self._put.close()
         self._client.close()
+
+
+class LaneWriter:
+    """Spreads the lanes of one actor over several shards."""
+
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self._writers = list(writers)
+
+    @property
+    def waiting_for(self) -> str | None:
+        return next((w.waiting_for for w in self._writers if w.waiting_for), None)
+
+    def append(self, lanes: np.ndarray, rows: np.ndarray) -> None:
+        for index, writer in enumerate(self._writers):
+            mine = lanes % len(self._writers) == index
+            if mine.any():
+                writer.append(lanes[mine], rows[mine])
+
+    def flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
 
 
 class Source(Protocol):
     """Windows drawn by one shard."""
 
-    mass: int
+    @property
+    def mass(self) -> int:
+        """Items of the shard, as far as is known."""
+        ...
 
     def take(self, count: int, timeout_s: float) -> WindowBatch | None:
         """The next `count` windows; None when they did not come in time."""
@@ -234,49 +276,54 @@ class StreamSource:
         """
         self.mass = 0
         self._address = address
-        self._dtype = schema.dtype
+        self._schema = schema
         self._index = index
         self._horizon = horizon
         self._ticket = {"batch": block, "horizon": horizon, "prefetch": prefetch}
-        self._blocks: queue.SimpleQueue[WindowBatch | Exception] = queue.SimpleQueue()
-        self._current: WindowBatch | None = None
-        self._at = 0
-        self._used = 0
+        self._received: queue.SimpleQueue[tuple[_Stream, WindowBatch] | Exception] = queue.SimpleQueue()
+        self._ready: deque[WindowBatch] = deque()  # received, not used; what is used of the first is cut off
+        self._ready_count = 0
         self._ack_every = max(1, prefetch // 2)
-        self._stream = ""
-        self._closing = False
+        self._stream: _Stream | None = None  # the one that `_ready` came from
+        self._reader: Any = None
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._read, name=f"stream-{index}", daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
         lost_since: float | None = None
-        while not self._closing:
+        while not self._closing.is_set():
             try:
-                self._stream = uuid.uuid4().hex
-                self._client = flight.FlightClient(self._address)
-                ticket = flight.Ticket(json.dumps({"stream": self._stream, **self._ticket}).encode())
-                self._reader = self._client.do_get(ticket)
-                while not self._closing:
+                stream = _Stream(flight.FlightClient(self._address), uuid.uuid4().hex)
+                ticket = flight.Ticket(json.dumps({"stream": stream.name, **self._ticket}).encode())
+                self._reader = stream.client.do_get(ticket)
+                lost_since = None
+                expected = window_schema(self._schema, self._horizon)
+                if not self._reader.schema.equals(expected, check_metadata=True):
+                    raise SchemaError(
+                        f"the windows of {self._address} do not fit: expected {expected.metadata}, received "
+                        f"{self._reader.schema.names} with {self._reader.schema.metadata}"
+                    )
+                while True:
                     chunk = self._reader.read_chunk()
-                    lost_since = None
                     (self.mass,) = MASS.unpack(chunk.app_metadata)
-                    self._blocks.put(self._windows(chunk.data))
+                    if chunk.data.num_rows:
+                        self._received.put((stream, self._windows(chunk.data)))
             except StopIteration:
                 error: Exception = flight.FlightUnavailableError(f"{self._address} ended the stream")
-            except (pa.ArrowException, flight.FlightError, OSError) as lost:
+            except (SchemaError, *_LOST) as lost:
                 error = lost
-            if self._closing:
-                return
             lost_since = lost_since or time.monotonic()
-            if isinstance(error, flight.FlightServerError) or time.monotonic() - lost_since > RETRY_S:
-                self._blocks.put(error)
-                return
+            refused = isinstance(error, SchemaError | flight.FlightServerError)
             self.mass = 0  # meanwhile the table is its other shards
-            time.sleep(0.2)
+            if refused or time.monotonic() - lost_since > RETRY_S:
+                self._received.put(error)
+                return
+            self._closing.wait(0.2)
 
     def _windows(self, batch: pa.RecordBatch) -> WindowBatch:
         count = batch.num_rows
-        steps = np.frombuffer(batch.column(0).buffers()[1], self._dtype, count * (self._horizon + 1))
+        steps = np.frombuffer(batch.column(0).buffers()[1], self._schema.dtype, count * (self._horizon + 1))
         return WindowBatch(
             steps=steps.reshape(count, self._horizon + 1),
             length=batch.column(1).to_numpy(),
@@ -286,45 +333,70 @@ class StreamSource:
         )
 
     def take(self, count: int, timeout_s: float) -> WindowBatch | None:
+        """As `Source.take`.
+
+        Raises:
+            SchemaError: the shard's steps have other fields than this reader's.
+            flight.FlightError: the shard refused the stream, or stayed away for `RETRY_S`.
+        """
         deadline = time.monotonic() + timeout_s
+        while self._ready_count < count:
+            try:
+                received = self._received.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return None
+            if isinstance(received, Exception):
+                raise received
+            stream, block = received
+            if stream is not self._stream:
+                # The shard has taken back what an earlier stream sent and did not see acknowledged.
+                self._stream, self._ready_count = stream, 0
+                self._ready.clear()
+            self._ready.append(block)
+            self._ready_count += len(block)
+        self._ready_count -= count
         parts: list[WindowBatch] = []
-        missing = count
-        while missing:
-            if self._current is None:
-                try:
-                    block = self._blocks.get(timeout=max(0.0, deadline - time.monotonic()))
-                except queue.Empty:
-                    # What was taken goes back to the front: nothing that the shard drew is lost.
-                    if parts:
-                        self._current, self._at = concatenate(parts), 0
-                    return None
-                if isinstance(block, Exception):
-                    raise block
-                self._current, self._at = block, 0
-            whole, begin = self._current, self._at
-            end = min(len(whole), begin + missing)
-            parts.append(whole if (begin, end) == (0, len(whole)) else _slice(whole, begin, end))
-            missing -= end - begin
-            self._at = end
-            if end == len(whole):
-                self._current = None
-                self._acknowledge()
+        while count > 0:
+            block = self._ready.popleft()
+            if count < len(block):
+                self._ready.appendleft(_slice(block, count, len(block)))
+                block = _slice(block, 0, count)
+            else:
+                self._used_up()
+            parts.append(block)
+            count -= len(block)
         return parts[0] if len(parts) == 1 else concatenate(parts)
 
-    def _acknowledge(self) -> None:
-        self._used += 1
-        if self._used >= self._ack_every:
-            used, self._used = self._used, 0
-            try:
-                _action(self._client, "ack", {"stream": self._stream, "count": used})
-            except (pa.ArrowException, flight.FlightError, OSError):
-                return  # the reading thread finds the lost shard and opens a new stream
+    def _used_up(self) -> None:
+        stream = self._stream
+        assert stream is not None
+        stream.used += 1
+        if stream.used >= self._ack_every:
+            stream.acknowledge()
 
     def close(self) -> None:
-        self._closing = True
-        self._reader.cancel()
-        self._thread.join(timeout=5.0)
-        self._client.close()
+        self._closing.set()
+        if self._stream is not None:
+            self._stream.acknowledge()
+        deadline = time.monotonic() + 5.0
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            if self._reader is not None:
+                self._reader.cancel()
+            self._thread.join(timeout=0.1)
+
+
+class _Stream:
+    """One DoGet stream, and how many of its messages were used and not yet acknowledged."""
+
+    def __init__(self, client: flight.FlightClient, name: str) -> None:
+        self.client = client
+        self.name = name
+        self.used = 0
+
+    def acknowledge(self) -> None:
+        count, self.used = self.used, 0
+        with suppress(*_LOST):  # the reading thread finds the lost shard and opens a new stream
+            _action(self.client, "ack", {"stream": self.name, "count": count})
 
 
 def _slice(batch: WindowBatch, begin: int, end: int) -> WindowBatch:
@@ -429,6 +501,8 @@ class ShardProcess:
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
+        assert self._child.stdout is not None
+        self._child.stdout.close()
 
     def __enter__(self) -> ShardProcess:
         return self

@@ -27,13 +27,18 @@ class StorageFile:
         self.path = Path(directory) / f"millrace.{run}.shard{shard}.{os.getpid()}.rows"
         self.size = size
         try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise OSError(
                 error.errno, f"cannot make a storage file in {directory} ({error.strerror}); set replay.directory"
             ) from None
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._fd)
+            raise OSError(error.errno, f"{self.path} is in use by another shard; give this run another name") from None
+        try:
+            os.ftruncate(self._fd, 0)  # what a dead process of the same number left
             # Pages of a sparse file are found missing only when they are touched, as a SIGBUS; this finds it now.
             os.posix_fallocate(self._fd, 0, size)
             self._map = mmap.mmap(self._fd, size)

@@ -70,6 +70,12 @@ class RateLimiter:
             self._add(side, count)
             return True
 
+    def acquire_block(self, side: Side, count: int, block: int, *, timeout_s: float) -> int:
+        """Ask for `count` items, and for as many as `block` where that is allowed at once. Returns how many were granted."""
+        if block > count and self.acquire(side, block, timeout_s=0.0):
+            return block
+        return count if self.acquire(side, count, timeout_s=timeout_s) else 0
+
     def _add(self, side: Side, count: int) -> None:
         if side == "insert":
             self.inserted += count
@@ -105,9 +111,12 @@ class RateLimiter:
 class LeasedLimiter:
     """A shard's share of a limiter that lives on another shard: credits leased in blocks."""
 
-    def __init__(self, lease: Callable[[Side, int, int, float], bool], *, insert_block: int, sample_block: int) -> None:
+    def __init__(
+        self, lease: Callable[[Side, int, int, int, float], int], *, insert_block: int, sample_block: int
+    ) -> None:
         """
-        lease: (side, count, deleted since the last call, timeout in seconds) → granted; asks the limiter's shard.
+        lease: (side, count, block, deleted since the last call, timeout in seconds) → granted, as
+            `RateLimiter.acquire_block`; asks the limiter's shard.
         insert_block, sample_block: items leased at once. What is leased and not used is the limiter's stated error.
         """
         self._lease = lease
@@ -130,19 +139,19 @@ class LeasedLimiter:
         with self._asking[side]:
             if self._take(side, count):
                 return True
-            block = max(count, self._block[side])
             with self._lock:
                 deleted, self._deleted = self._deleted, 0
             try:
-                granted = self._lease(side, block, deleted, timeout_s)
+                granted = self._lease(side, count, self._block[side], deleted, timeout_s)
             except Exception:
                 with self._lock:
                     self._deleted += deleted
                 raise
-            if granted:
-                with self._lock:
-                    self._credits[side] += block - count
-            return granted
+            if granted == 0:
+                return False
+            with self._lock:
+                self._credits[side] += granted - count
+            return True
 
     def give_back(self, side: Side, count: int) -> None:
         with self._lock:
@@ -157,12 +166,15 @@ class LeasedLimiter:
 
 
 class Clock:
-    """Seconds spent in named states, summed over threads, and who waits now."""
+    """Seconds spent in named states, summed over threads, and who waits now. A thread is in one state at a time."""
+
+    _GAP_S = 0.05  # who asks again within this time has waited all along
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self._seconds: dict[str, float] = {}
-        self._inside: dict[int, tuple[str, float]] = {}
+        self._inside: dict[int, tuple[str, float, float]] = {}  # thread → (state, since, waiting since)
+        self._last: dict[int, tuple[str, float, float]] = {}  # thread → (state, waiting since, until)
         self._lock = threading.Lock()
 
     @contextmanager
@@ -170,25 +182,29 @@ class Clock:
         """Count the time of the block under `name`."""
         begin, token = time.monotonic(), threading.get_ident()
         with self._lock:
-            self._inside[token] = (name, begin)
+            last, since, until = self._last.get(token, ("", 0.0, 0.0))
+            since = since if last == name and begin - until < self._GAP_S else begin
+            self._inside[token] = (name, begin, since)
         try:
             yield
         finally:
+            end = time.monotonic()
             with self._lock:
                 del self._inside[token]
-                self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - begin
+                self._last[token] = (name, since, end)
+                self._seconds[name] = self._seconds.get(name, 0.0) + end - begin
 
     def seconds(self) -> dict[str, float]:
         """Seconds in each state, those still going on included, and `wall_s` since the start."""
         now = time.monotonic()
         with self._lock:
             total = dict(self._seconds)
-            for name, begin in self._inside.values():
+            for name, begin, _ in self._inside.values():
                 total[name] = total.get(name, 0.0) + now - begin
         return {**total, "wall_s": now - self._started}
 
     def longest(self, name: str) -> float:
-        """Seconds that the oldest block now in state `name` has been there; 0 when there is none."""
+        """Seconds that some thread has now been in state `name`, short breaks left out; 0 when none is."""
         now = time.monotonic()
         with self._lock:
-            return max((now - begin for state, begin in self._inside.values() if state == name), default=0.0)
+            return max((now - since for state, _, since in self._inside.values() if state == name), default=0.0)

@@ -5,14 +5,16 @@ Data plane, all on long-lived streams:
           number last applied; the first answer is that number before the stream began, so that a writer knows what to
           send again. Metadata `close` ends the writer and its lanes.
   DoGet   ticket {"stream": id, "batch": n, "horizon": h, "prefetch": k}: batches of windows without end, at most k ahead of
-          what the reader has acknowledged.
-  DoAction ack {"stream", "count"}; lease {"side", "count", "deleted", "timeout_s"}; stats; save {"path"}.
+          what the reader has acknowledged. The metadata is the shard's mass; a stream that waits sends it with an
+          empty batch, so that readers of several shards know how their masses change.
+  DoAction ack {"stream", "count"}; lease {"side", "count", "block", "deleted", "timeout_s"}; stats; save {"path"}.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import struct
 import sys
 import threading
@@ -31,7 +33,7 @@ from . import snapshot
 from .files import StorageFile
 from .limiter import LeasedLimiter, Limiter, RateLimiter, Side
 from .schema import SchemaError, StepSchema, WindowBatch
-from .shard import Shard, WriterClosedError
+from .shard import LEASE_S, Shard, WriterClosedError
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ class ShardSpec:
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
     limiter_address: str | None = None  # Flight address of shard 0; None on shard 0 itself
+    lease_s: float = LEASE_S  # how long a writer may be away
 
 
 class _Stream:
@@ -137,9 +140,9 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         else:
             leader = flight.FlightClient(spec.limiter_address)
 
-            def lease(side: Side, count: int, deleted: int, timeout_s: float) -> bool:
-                body = {"side": side, "count": count, "deleted": deleted, "timeout_s": timeout_s}
-                return bool(_action(leader, "lease", body)["granted"])
+            def lease(side: Side, count: int, block: int, deleted: int, timeout_s: float) -> int:
+                body = {"side": side, "count": count, "block": block, "deleted": deleted, "timeout_s": timeout_s}
+                return int(_action(leader, "lease", body)["granted"])
 
             limiter = LeasedLimiter(lease, insert_block=64, sample_block=1024)
         self.shard = Shard(
@@ -149,6 +152,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
             capacity=spec.capacity,
             segment_steps=spec.segment_steps,
             seed=spec.seed,
+            lease_s=spec.lease_s,
             file=StorageFile(spec.directory, run=spec.run, shard=spec.index, size=size),
         )
         self._streams: dict[str, _Stream] = {}
@@ -199,22 +203,26 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def do_get(self, context: Any, ticket: Any) -> Any:
         wanted = json.loads(ticket.ticket)
-        batch, horizon = int(wanted["batch"]), int(wanted["horizon"])
-        stream = self._streams[str(wanted["stream"])] = _Stream(int(wanted["prefetch"]))
+        name, batch, horizon = str(wanted["stream"]), int(wanted["batch"]), int(wanted["horizon"])
+        if batch < 1 or horizon < 1 or int(wanted["prefetch"]) < 1:
+            raise flight.FlightServerError(f"batch, horizon and prefetch must be at least 1, received {wanted}")
+        stream = _Stream(int(wanted["prefetch"]))
         schema = window_schema(self.shard.schema, horizon)
+        empty = pa.RecordBatch.from_pylist([], schema=schema)
 
         def batches() -> Iterator[tuple[pa.RecordBatch, bytes]]:
+            self._streams[name] = stream
             try:
                 while not self._closing.is_set() and not context.is_cancelled():
-                    if not stream.may_send(_POLL_S):
-                        continue
-                    windows = self.shard.sample(batch, horizon, timeout_s=_POLL_S)
-                    if windows is None:
-                        continue
-                    stream.sent()
-                    yield to_arrow(windows, schema), MASS.pack(self.shard.items)
+                    windows = None
+                    if stream.may_send(_POLL_S):
+                        windows = self.shard.sample(batch, horizon, timeout_s=_POLL_S)
+                    if windows is not None:
+                        stream.sent()
+                    message = empty if windows is None else to_arrow(windows, schema)
+                    yield message, MASS.pack(self.shard.items)
             finally:
-                del self._streams[str(wanted["stream"])]
+                del self._streams[name]
                 self.shard.unused(stream.unused * batch)
 
         return flight.GeneratorStream(schema, batches())
@@ -232,8 +240,8 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
                     raise flight.FlightServerError(f"shard {self.shard.index} does not hold the table's limiter")
                 self._leader.deleted(int(body["deleted"]))
                 timeout_s = min(float(body["timeout_s"]), _POLL_S)
-                granted = self._leader.acquire(body["side"], int(body["count"]), timeout_s=timeout_s)
-                answer = {"granted": granted}
+                side, count, block = body["side"], int(body["count"]), int(body["block"])
+                answer = {"granted": self._leader.acquire_block(side, count, block, timeout_s=timeout_s)}
             case "stats":
                 answer = self.stats()
             case "save":
@@ -268,9 +276,12 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
     def close(self) -> None:
         """Stop serving and remove the storage file."""
         self._closing.set()
-        self._health.stop(grace=None)
-        self.shutdown()
         self.shard.close()
+        self._health.stop(grace=None)
+        # Flight waits for its streams, and that of an idle writer ends only when the writer does.
+        stop = threading.Thread(target=self.shutdown, name="shutdown", daemon=True)
+        stop.start()
+        stop.join(timeout=2 * _POLL_S)
 
 
 def _daemon_pool() -> Any:
@@ -294,6 +305,7 @@ def main() -> None:
     print(json.dumps({"address": server.address, "health": server.health_address}), flush=True)
     sys.stdin.read()
     server.close()
+    os._exit(0)  # a stream still open would hold up the interpreter's own end
 
 
 def spec_json(spec: ShardSpec) -> str:

@@ -20,6 +20,7 @@ from .storage import NONE, SegmentStorage
 
 MAX_LANES_PER_WRITER = 65_536
 LEASE_S = 30.0  # a writer that is away for longer is taken for dead
+_RARE = 32  # rows in use per item beyond which items are listed and not guessed at
 
 
 @dataclass
@@ -46,17 +47,20 @@ class Shard:
         capacity: int,
         segment_steps: int,
         seed: int,
+        lease_s: float = LEASE_S,
         file: StorageFile | None = None,
     ) -> None:
         """
         index: number of this shard in its table.
         capacity: steps it holds; rounded down to whole segments.
+        lease_s: seconds that a writer may be away before its lanes are ended.
         file: where the rows lie; None keeps them in ordinary memory.
         """
         self.schema = schema
         self.limiter = limiter
         self.index = index
         self.clock = Clock()
+        self._lease_s = lease_s
         self._file = file
         self._storage = SegmentStorage(
             schema,
@@ -85,7 +89,9 @@ class Shard:
         with self._lock:
             self._end_leases()
             if writer in self._closed_writers:
-                raise WriterClosedError(f"writer {writer} was closed (its lease is {LEASE_S:g} s); open a new one")
+                raise WriterClosedError(
+                    f"writer {writer} was closed (its lease is {self._lease_s:g} s); open a new one"
+                )
             known = self._writers.setdefault(writer, _Writer())
             known.connections += 1
             return known.last_sequence
@@ -114,29 +120,33 @@ class Shard:
         """
         if rows.dtype != self.schema.dtype:
             raise SchemaError(f"rows have the layout {rows.dtype}; the table expects {self.schema!r}")
+        if len(lanes) != len(rows):
+            raise SchemaError(f"{len(lanes)} lanes came with {len(rows)} rows; expected one lane for each row")
         if len(lanes) and not 0 <= int(lanes.min()) <= int(lanes.max()) < MAX_LANES_PER_WRITER:
             raise SchemaError(f"lanes {lanes.min()}…{lanes.max()} lie outside 0…{MAX_LANES_PER_WRITER - 1}")
         with self._lock:
             if sequence <= self._known(writer).last_sequence:
                 self.duplicates += 1
                 return True
-        wanted = int(np.count_nonzero(~rows["is_last"]))
+        # An episode's last row is no insert. The newest row of a lane is one, though it can be drawn only after the next.
+        wanted = len(rows) - int(np.count_nonzero(rows["is_last"]))
         with self.clock.state("wait_insert_s"):
             if not self.limiter.acquire("insert", wanted, timeout_s=timeout_s):
                 return False
         with self._lock, self.clock.state("insert_s"):
             try:
                 known = self._known(writer)
+                if sequence <= known.last_sequence:  # an older stream of the writer applied it meanwhile
+                    self.duplicates += 1
+                    self.limiter.give_back("insert", wanted)
+                    return True
                 deleted = self._storage.items_deleted
-                items = self._storage.append(self._storage_lanes(known, lanes), rows)
+                self._storage.append(self._storage_lanes(known, lanes), rows)
                 known.last_sequence = sequence
                 known.seen = time.monotonic()
-            except BaseException:
+            except Exception:
                 self.limiter.give_back("insert", wanted)
                 raise
-            # The newest row of a lane is an item only once its successor is there: credits are settled on items.
-            if items != wanted:
-                self.limiter.give_back("insert", wanted - items)
             if self._storage.items_deleted != deleted:
                 self.limiter.deleted(self._storage.items_deleted - deleted)
             self._grew.notify_all()
@@ -164,13 +174,13 @@ class Shard:
     def _close_writer(self, writer: str) -> None:
         known = self._writers.pop(writer)
         self._closed_writers[writer] = known.last_sequence
-        for lane in known.lanes[known.lanes != NONE].tolist():
-            self._storage.close_lane(lane)
+        cut = sum(self._storage.close_lane(lane) for lane in known.lanes[known.lanes != NONE].tolist())
+        self.limiter.give_back("insert", cut)
 
     def _end_leases(self) -> None:
         now = time.monotonic()
         for name, known in list(self._writers.items()):
-            if known.connections <= 0 and now - known.seen > LEASE_S:
+            if known.connections <= 0 and now - known.seen > self._lease_s:
                 self._close_writer(name)
                 self.leases_ended += 1
 
@@ -190,6 +200,9 @@ class Shard:
                 return None
         with self._lock, self.clock.state("sample_s"):
             storage = self._storage
+            if storage.items == 0:  # recycled meanwhile
+                self.limiter.give_back("sample", count)
+                return None
             start = self._draw(count)
             rows, length = storage.windows(start, horizon)
             self._sampled += count
@@ -204,6 +217,9 @@ class Shard:
     def _draw(self, count: int) -> np.ndarray:
         """Items, uniformly with replacement: row numbers, those that are no item thrown away."""
         storage, bound = self._storage, self._storage.rows_in_use
+        if storage.items * _RARE < bound:
+            rows = np.flatnonzero(storage.is_item[:bound])
+            return rows[self._rng.integers(0, len(rows), size=count)]
         drawn = np.empty(0, np.int64)
         while len(drawn) < count:
             share = storage.items / bound

@@ -70,15 +70,20 @@ class SegmentStorage:
         self._lanes += 1
         return lane
 
-    def close_lane(self, lane: int) -> None:
-        """End a lane: its newest row becomes the last of a truncated episode, its action and reward void."""
+    def close_lane(self, lane: int) -> bool:
+        """End a lane: its newest row becomes the last of a truncated episode, its action and reward void.
+
+        Returns whether a row was changed so, and will now never be an item.
+        """
         newest = self._lane_row[lane]
-        if newest != NONE and not self.rows["is_last"][newest]:
+        cut = bool(newest != NONE and not self.rows["is_last"][newest])
+        if cut:
             row = self.rows[newest]
             row["is_last"], row["is_terminal"], row["reward"] = True, False, 0.0
             row["action"] = 0
         self._lane_row[lane] = self._lane_segment[lane] = NONE
         self._free_lanes.append(lane)
+        return cut
 
     # ---------------------------------------------------------------- writing
 
@@ -90,8 +95,10 @@ class SegmentStorage:
         if rows.dtype != self.schema.dtype:
             raise SchemaError(f"rows have the layout {rows.dtype}, the table's schema is {self.schema.dtype}")
         before = self.items_inserted
-        order = np.argsort(lanes, kind="stable")
-        lanes, rows = lanes[order], np.ascontiguousarray(rows[order])
+        rows = np.ascontiguousarray(rows)
+        if (lanes[1:] < lanes[:-1]).any():
+            order = np.argsort(lanes, kind="stable")
+            lanes, rows = lanes[order], rows.view(self._raw.dtype)[order].view(rows.dtype)
         starts_lane = np.ones(len(lanes), bool)
         np.not_equal(lanes[1:], lanes[:-1], out=starts_lane[1:])
         first = np.flatnonzero(starts_lane)  # (unique lanes,) index of each lane's first row
@@ -100,6 +107,7 @@ class SegmentStorage:
         if (counts <= self._room(unique)).all():
             self._write(unique, first, counts, rows)
             return self.items_inserted - before
+        self._check_lanes(unique)
         # Where a segment fills up, lane by lane and piece by piece: taking a segment may recycle another.
         for lane, begin, count in zip(unique, first.tolist(), counts.tolist(), strict=True):
             this, done = np.array([lane]), 0
@@ -112,6 +120,16 @@ class SegmentStorage:
                 self._write(this, np.zeros(1, np.int64), np.array([piece]), rows[at : at + piece])
                 done += piece
         return self.items_inserted - before
+
+    def _check_lanes(self, lanes: np.ndarray) -> None:
+        """Refuse lanes before anything is written: one segment must be left to recycle."""
+        writing = np.count_nonzero(self._lane_segment[: self._lanes] != NONE)
+        writing += np.count_nonzero(self._lane_segment[lanes] == NONE)
+        if writing >= self.segments:
+            raise SchemaError(
+                f"{writing} lanes write to a shard of {self.segments} segments, which must be fewer than its segments; "
+                "raise replay.capacity or lower replay.segment_steps"
+            )
 
     def _room(self, lanes: np.ndarray) -> np.ndarray:
         segment = self._lane_segment[lanes]
@@ -148,17 +166,9 @@ class SegmentStorage:
             segment = self._taken
         else:
             open_segments = set(self._lane_segment[: self._lanes].tolist())
-            for _ in range(len(self._age)):
-                segment = self._age.popleft()
-                if segment not in open_segments:
-                    break
+            while (segment := self._age.popleft()) in open_segments:
                 # A lane still fills it. Behind the others it stays older than every successor it will be linked to.
                 self._age.append(segment)
-            else:
-                raise RuntimeError(
-                    f"all {self.segments} segments are being written to by {len(open_segments)} lanes; "
-                    "raise replay.capacity or lower replay.segment_steps"
-                )
             span = slice(segment * self.segment_steps, (segment + 1) * self.segment_steps)
             gone = int(np.count_nonzero(self.is_item[span]))
             self.is_item[span] = False

@@ -19,6 +19,7 @@ from configs.schema import EnvSettings, Scalar
 from replay.schema import Field
 
 OWN = "tests.envs_for_tests:"
+pytestmark = pytest.mark.filterwarnings("ignore:.*precision lowered by casting")
 
 
 def run(env: VectorEnv, recvs: int, seed: int = 0) -> list[EnvStep]:

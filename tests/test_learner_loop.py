@@ -118,6 +118,10 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
         time.sleep(0.005)
 
 
+def wait_for_updates(algorithm: Sac, count: int) -> None:
+    wait_until(lambda: algorithm.updates >= count)
+
+
 def test_steps_publish_in_order_and_repeat_bit_for_bit() -> None:
     runs = []
     for _ in range(2):
@@ -160,7 +164,7 @@ def test_a_slow_publication_delays_no_update_and_the_newest_wins() -> None:
     log = Log(delay_s=0.2)
     algorithm, loop = make(Prefilled(), log, publish_every=1)
     with Running(loop) as running:
-        wait_until(lambda: algorithm.updates >= 300)
+        wait_for_updates(algorithm, 300)
     assert running.error is None
     stats = loop.stats()
     assert len(log.versions) < algorithm.updates / 5
@@ -176,7 +180,7 @@ def test_prefetch_is_bounded() -> None:
     sampler = Prefilled()
     algorithm, loop = make(sampler, Log())
     with Running(loop):
-        wait_until(lambda: algorithm.updates > 10)
+        wait_for_updates(algorithm, 11)
         with loop.between_updates():
             time.sleep(0.3)
             # Four wait in the queue, one in the loop's hand, one in the prefetch thread's.
@@ -192,8 +196,7 @@ def test_between_updates_holds_the_loop_still() -> None:
                 time.sleep(0.02)
                 second = algorithm.state()
             assert all(torch.equal(first[name], second[name]) for name in first)
-            now = algorithm.updates
-            wait_until(lambda now=now: algorithm.updates > now)
+            wait_for_updates(algorithm, algorithm.updates + 1)
         assert loop.metrics()["q/mean"] != 0.0
     assert running.error is None
 
@@ -256,7 +259,7 @@ def test_a_broken_loss_between_publications_is_raised_when_the_run_ends() -> Non
 
     algorithm, loop = make(Prefilled(fault_at=2, fault=poison), Log(), publish_every=1_000_000)
     with Running(loop) as running:
-        wait_until(lambda: algorithm.updates > 5)
+        wait_for_updates(algorithm, 6)
     assert isinstance(running.error, FloatingPointError)
 
 

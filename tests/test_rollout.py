@@ -22,6 +22,7 @@ from replay.schema import StepSchema
 from replay.server import ShardSpec
 
 OWN = "tests.envs_for_tests:"
+pytestmark = pytest.mark.filterwarnings("ignore:.*precision lowered by casting")
 ROOM: dict[str, Any] = {"random_steps": 0, "rows_per_write": 64, "write_every_s": 60.0, "seed": 0}
 
 

@@ -1,0 +1,140 @@
+"""The Python door: `run = train(config)`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.load import dump_config
+from configs.schema import RunConfig
+
+Show = Callable[[dict[str, float] | None, str | None], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended."""
+
+    path: Path
+    summary: dict[str, Any]  # stop_reason, steps, updates, episodes, mean_return, steps_per_s, …
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: str | Path | None = None,
+    show: Show | None = None,
+    command: Sequence[str] | None = None,
+    started: float | None = None,
+) -> Run:
+    """Train as `millrace train` does.
+
+    Args:
+        config: every setting; of a resumed run as well, which may change them.
+        resume: folder of the run to go on with, from its newest whole checkpoint.
+        show: called with each metrics row, and with each line of text; None shows a live table.
+        command: what is noted in run.json as the command.
+        started: epoch seconds at which the command was started.
+
+    Raises:
+        ValueError: the environment is unknown or does not fit the algorithm.
+        FileExistsError, FileNotFoundError: the run's folder is there already; the one to resume is not, or has no checkpoint.
+        RuntimeError: the run failed; the message says why.
+    """
+    from actors.envs import check_env
+    from cluster.checkpoint import Checkpoints
+    from cluster.live import Live
+    from cluster.runs import RunFolder
+
+    started = time.time() if started is None else started
+    command = [sys.executable, *sys.argv] if command is None else command
+    schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
+    check_algorithm(config, schema)
+    checkpoint = None
+    if resume is None:
+        folder = RunFolder.create(config, command)
+    else:
+        path = Path(resume)
+        RunFolder.open(path)
+        config = config.model_copy(update={"name": path.name, "root": str(path.parent)})
+        checkpoints = Checkpoints(path / "checkpoints", keep=config.checkpoints.keep)
+        checkpoints.clean()
+        checkpoint = checkpoints.latest()
+        if checkpoint is None:
+            raise FileNotFoundError(f"{path} holds no whole checkpoint to go on from; start a new run")
+        held = len(list((checkpoint.path / "replay").glob("shard-*.arrow")))
+        if config.checkpoints.replay and held != config.replay.shards:
+            raise ValueError(
+                f"{checkpoint.path} holds the steps of {held} shards, and replay.shards is {config.replay.shards}; resume with "
+                f"--replay.shards {held}"
+                + ("" if held else " or with --no-checkpoints.replay, to begin with an empty replay")
+            )
+        (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        folder = RunFolder.open(path)
+        folder.resumed(command)
+    with _stop_signals() as stopping:
+        if show is not None:
+            return Run(folder.path, _run(folder, started, checkpoint, show, stopping))
+        with Live(folder.config) as live:
+
+            def display(row: dict[str, float] | None, line: str | None) -> None:
+                if row is not None:
+                    live.update(row)
+                if line is not None:
+                    live.say(line)
+
+            return Run(folder.path, _run(folder, started, checkpoint, display, stopping))
+
+
+def _run(folder: Any, started: float, checkpoint: Any, show: Show, stopping: threading.Event) -> dict[str, Any]:
+    if folder.config.mode == "sync":
+        from cluster.sync import SyncRun
+
+        wall_started = time.monotonic() - (time.time() - started)
+        return SyncRun(folder, wall_started=wall_started, resume=checkpoint, show=show).run(stopping)
+    from cluster.ray_launch import run_on_ray
+
+    return run_on_ray(folder, wall_started=started, resume=checkpoint, show=show, stopping=stopping)
+
+
+def check_algorithm(config: RunConfig, schema: Any) -> None:
+    """Raises ValueError where the algorithm cannot act in the environment."""
+    import numpy as np
+
+    if not np.issubdtype(np.dtype(schema.action.dtype), np.floating):
+        raise ValueError(
+            f"env.id: {config.env.id} has discrete actions, and algorithm.name {config.algorithm.name} needs continuous ones"
+        )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """SIGTERM and the first Ctrl-C set the event; the second Ctrl-C interrupts at once."""
+    stopping = threading.Event()
+
+    def stop(number: int, _frame: Any) -> None:
+        if stopping.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopping.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,297 @@
+"""The command line: `millrace train | eval | report | bench | clean`.
+
+Exit codes: 0 done (also after Ctrl-C or SIGTERM, with a checkpoint), 1 the command failed, 2 it was asked for something
+impossible; what is wrong stands in the message, before any process is started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before numpy is imported: its BLAS would put a spinning thread on every core for each small product of an actor.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from configs.load import ConfigError, load_config, nearest, settings_help
+
+USAGE = """\
+millrace: distributed actor-learner system for online reinforcement learning
+
+  millrace train [CONFIG] [--SETTING VALUE …] [--resume RUN] [--json]   train; `millrace train --help` lists the settings
+  millrace eval RUN [--episodes N] [--seed S] [--checkpoint best|latest] [--video FILE.gif] [--json]
+  millrace report RUN [--json]                                          make RUN/report.html again
+  millrace bench actors|train [CONFIG] [--SETTING VALUE …] [--seconds S] [--json]
+  millrace clean [--directory DIR] [--yes] [--json]                     list (--yes: remove) storage of dead runs
+
+CONFIG is a YAML file; those that come with Millrace can be named by their short names, such as pendulum_sac.
+"""
+
+
+class UsageError(ValueError):
+    """The command line asks for something impossible."""
+
+
+@dataclass(frozen=True)
+class _Words:
+    """A command line of settings: CONFIG first, then the command's own options, then settings."""
+
+    config: str | None
+    options: dict[str, str | None]  # own options given; None where it takes no value
+    settings: list[str]
+
+
+def _split(words: Sequence[str], *, valued: Sequence[str], bare: Sequence[str]) -> _Words:
+    config: str | None = None
+    options: dict[str, str | None] = {}
+    settings: list[str] = []
+    rest = list(words)
+    if rest and not rest[0].startswith("-"):
+        config = rest.pop(0)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if word in bare:
+            options[word] = None
+        elif name in valued:
+            if not equals:
+                if not rest:
+                    raise UsageError(f"{name} needs a value")
+                value = rest.pop(0)
+            options[name] = value
+        else:
+            settings.append(word)
+    return _Words(config, options, settings)
+
+
+def _train(words: Sequence[str]) -> int:
+    split = _split(words, valued=["--resume"], bare=["--json", "--help", "-h"])
+    resume, as_json = split.options.get("--resume"), "--json" in split.options
+    source: str | Path | None = split.config
+    if resume is not None:
+        if split.config is not None:
+            raise UsageError(f"--resume takes the settings of {resume}; leave {split.config} out")
+        source = Path(resume) / "config.yaml"
+        if not source.is_file():
+            raise UsageError(f"{resume} is not the folder of a run: it holds no config.yaml")
+    if {"--help", "-h"} & split.options.keys():
+        print("millrace train [CONFIG] [--SETTING VALUE …] [--resume RUN] [--json]\n")
+        print(settings_help(load_config(source, split.settings)))
+        return 0
+    config = load_config(source, split.settings)
+
+    from rich.console import Console
+
+    from cluster.api import train
+    from cluster.live import Live
+    from replay.files import leftovers
+
+    console = Console(stderr=as_json)
+    for left in leftovers(config.replay.directory):
+        console.print(f"left by a dead run: {left.path} ({left.size / 2**20:.0f} MiB); `millrace clean` removes it")
+    with Live(config, console=console) as live:
+
+        def show(row: dict[str, float] | None, line: str | None) -> None:
+            if row is not None:
+                live.update(row)
+            if line is not None:
+                live.say(line)
+
+        run = train(config, resume=resume, show=show, command=["millrace", "train", *words], started=_process_started())
+    summary = run.summary
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "run": str(run.path),
+                    "steps": summary["steps"],
+                    "updates": summary["updates"],
+                    "wall_s": round(time.time() - _process_started(), 3),
+                    "mean_return": summary["mean_return"],
+                    **{k: v for k, v in summary.items() if k not in ("steps", "updates", "mean_return")},
+                }
+            )
+        )
+    else:
+        evaluated = summary["mean_return"] is not None
+        print(
+            f"{summary['stop_reason']}: {summary['steps']} steps, {summary['updates']} updates, {summary['time_s']:.1f} s"
+        )
+        if evaluated:
+            print(f"last evaluation: mean return {summary['mean_return']:.1f} ± {summary['std_return']:.1f}")
+            print(
+                f"evaluations took {summary['eval_s']:.1f} s, left out of the {summary['steps_per_s'] or 0:.0f} steps/s"
+            )
+        print(f"report: {run.report}")
+    return 0
+
+
+def _eval(words: Sequence[str]) -> int:
+    parser = _parser("eval", "Run deterministic episodes with the policy of a run.")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--episodes", type=_positive, default=10, help="episodes (default 10)")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="first seed of the environments (default: the run's eval.seed)"
+    )
+    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="by evaluation, or newest")
+    parser.add_argument("--video", type=Path, default=None, metavar="FILE.gif", help="draw one episode into a GIF")
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    chosen = parser.parse_args(words)
+
+    from actors.envs import check_env
+    from actors.evaluate import evaluate, record
+    from cluster import parts
+    from cluster.checkpoint import Checkpoints
+    from cluster.recorder import POLICY
+    from cluster.runs import RunFolder
+
+    folder = RunFolder.open(chosen.run)
+    config = folder.config
+    checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoints.keep)
+    checkpoint = (checkpoints.best() if chosen.checkpoint == "best" else None) or checkpoints.latest()
+    if checkpoint is None:
+        raise FileNotFoundError(f"{chosen.run} holds no whole checkpoint yet")
+    policy = parts.make_policy(config, check_env(config.env))
+    policy.load((checkpoint.path / POLICY).read_bytes())
+    seed = config.eval.seed if chosen.seed is None else chosen.seed
+    returns = evaluate(config.env, policy, episodes=chosen.episodes, seed=seed)
+    mean = sum(returns) / len(returns)
+    std = (sum((r - mean) ** 2 for r in returns) / len(returns)) ** 0.5
+    found: dict[str, Any] = {"episodes": len(returns), "mean_return": mean, "std_return": std}
+    found |= {"checkpoint": str(checkpoint.path), "seed": seed}
+    if chosen.video is not None:
+        found["video_return"] = record(config.env, policy, path=chosen.video, seed=seed)
+        found["video"] = str(chosen.video)
+    if chosen.json:
+        print(json.dumps(found))
+    else:
+        print(f"{checkpoint.path}: mean return {mean:.1f} ± {std:.1f} over {len(returns)} episodes")
+        if chosen.video is not None:
+            print(f"{chosen.video}: one episode with return {found['video_return']:.1f}")
+    return 0
+
+
+def _report(words: Sequence[str]) -> int:
+    parser = _parser("report", "Make the report of a run again.")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    chosen = parser.parse_args(words)
+
+    from cluster.report import write_report
+
+    path = write_report(chosen.run)
+    print(json.dumps({"report": str(path)}) if chosen.json else path)
+    return 0
+
+
+def _bench(words: Sequence[str]) -> int:
+    names = ["actors", "train"]
+    if not words or words[0] not in names:
+        close = nearest(words[0], names) if words else None
+        raise UsageError(f"bench takes one of {', '.join(names)}" + (f"; did you mean {close}?" if close else ""))
+    split = _split(words[1:], valued=["--seconds"], bare=["--json"])
+    seconds = split.options.get("--seconds")
+    try:
+        from tests.benchmarks import run_benchmark
+    except ModuleNotFoundError as error:
+        raise UsageError("benchmarks are part of the source tree; run `millrace bench` from a checkout") from error
+    try:
+        limit = None if seconds is None else float(seconds)
+    except ValueError:
+        raise UsageError(f"--seconds expects a number of seconds, got {seconds!r}") from None
+    found = run_benchmark(words[0], split.config, split.settings, seconds=limit)
+    if "--json" in split.options:
+        print(json.dumps(found))
+    else:
+        for name, value in found.items():
+            print(f"{name:<28} {value:.4g}" if isinstance(value, float) else f"{name:<28} {value}")
+    return 0
+
+
+def _clean(words: Sequence[str]) -> int:
+    parser = _parser("clean", "List, or remove, replay storage that dead runs left.")
+    parser.add_argument("--directory", default="/dev/shm", help="replay.directory of the runs (default /dev/shm)")
+    parser.add_argument("--yes", action="store_true", help="remove what is listed")
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    chosen = parser.parse_args(words)
+
+    from replay.files import leftovers
+
+    found = leftovers(chosen.directory)
+    if chosen.yes:
+        for left in found:
+            left.path.unlink(missing_ok=True)
+    if chosen.json:
+        files = [{"path": str(left.path), "run": left.run, "pid": left.pid, "bytes": left.size} for left in found]
+        print(json.dumps({"files": files, "removed": chosen.yes}))
+        return 0
+    for left in found:
+        print(f"{'removed ' if chosen.yes else ''}{left.path}  {left.size / 2**20:.0f} MiB  run {left.run}")
+    if not found:
+        print(f"no dead run left anything in {chosen.directory}")
+    elif not chosen.yes:
+        print("`millrace clean --yes` removes them")
+    return 0
+
+
+def _parser(name: str, about: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"millrace {name}", description=about)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number ≥ 1, got {text}")
+    return number
+
+
+def _process_started() -> float:
+    """Epoch seconds at which this process was started."""
+    import psutil
+
+    return float(psutil.Process().create_time())
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "report": _report,
+    "bench": _bench,
+    "clean": _clean,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # A user's own environment or verifier is a module in the folder they stand in.
+    sys.path.insert(0, os.getcwd())
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    command = COMMANDS.get(words[0])
+    if command is None:
+        close = nearest(words[0], COMMANDS)
+        print(f"millrace: no such command: {words[0]}" + (f"; did you mean {close}?" if close else ""), file=sys.stderr)
+        return 2
+    try:
+        return command(words[1:])
+    except (ConfigError, ValueError, FileExistsError, FileNotFoundError) as error:
+        print(f"millrace: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"millrace: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("millrace: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

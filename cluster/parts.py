@@ -1,0 +1,152 @@
+"""How the parts of a run are made from its settings: the same for the one-process mode and for Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cluster.checkpoint import load_tensors, save_tensors
+from configs.schema import RunConfig
+from replay.client import LaneWriter, Writer
+from replay.schema import StepSchema
+from replay.server import ShardSpec
+
+if TYPE_CHECKING:
+    from actors.rollout import Rollout
+    from learners.loop import LearnerLoop
+    from learners.policy import SquashedGaussianPolicy
+    from learners.sac import Sac
+
+FIRST_VERSION = 1  # 0 stands for random actions
+_ROLES = ("shard", "sampler", "learner", "actor")
+
+
+def seed_of(config: RunConfig, role: str, index: int = 0, incarnation: int = 0) -> int:
+    """An independent seed for one process of a run; a process started again gets another."""
+    sequence = np.random.SeedSequence([config.seed, _ROLES.index(role), index, incarnation])
+    return int(sequence.generate_state(1)[0])
+
+
+def shard_spec(config: RunConfig, schema: StepSchema, index: int, *, run: str, incarnation: int) -> ShardSpec:
+    """Settings of shard `index`; its limiter's address is still to be filled in."""
+    return ShardSpec(
+        schema=schema.to_json(),
+        run=run,
+        index=index,
+        capacity=config.replay.capacity // config.replay.shards,
+        segment_steps=config.replay.segment_steps,
+        samples_per_insert=config.samples_per_insert,
+        min_size=config.replay.min_size,
+        error_buffer=config.replay.error_buffer * config.samples_per_insert,
+        seed=seed_of(config, "shard", index, incarnation),
+        directory=config.replay.directory,
+        host=config.replay.host,
+    )
+
+
+def limiter_counters(
+    config: RunConfig, *, inserted: int, sampled: int, shards: Sequence[Mapping[str, Any]]
+) -> dict[str, int]:
+    """Counters for the limiter of a table that goes on after a restart, from the run's counts and what the shards hold."""
+    items = sum(int(shard["items"]) for shard in shards)
+    if items < config.replay.min_size:
+        # The table fills up again as at the start of a run: what is inserted until then is not to be caught up on.
+        sampled = math.floor((inserted - items) * config.samples_per_insert)
+    return {"inserted": inserted, "sampled": sampled, "items": items}
+
+
+def shards_of_actor(config: RunConfig, index: int) -> list[int]:
+    """The shards an actor writes to: one, or several where there are more shards than actors."""
+    count, shards = config.actors.count, config.replay.shards
+    return list(range(index, shards, count)) if shards > count else [index % shards]
+
+
+def make_policy(config: RunConfig, schema: StepSchema) -> SquashedGaussianPolicy:
+    """The acting policy, without weights."""
+    from learners.policy import SquashedGaussianPolicy
+
+    return SquashedGaussianPolicy(schema, config.algorithm.hidden)
+
+
+def make_algorithm(config: RunConfig, schema: StepSchema, *, incarnation: int) -> Sac:
+    """The algorithm with fresh parameters."""
+    from learners.sac import Sac
+
+    return Sac(
+        schema,
+        config.algorithm,
+        batch_size=config.learners.batch_size,
+        device=config.learners.device,
+        seed=seed_of(config, "learner", 0, incarnation),
+        compile=config.learners.compile,
+    )
+
+
+def make_rollout(
+    config: RunConfig,
+    schema: StepSchema,
+    index: int,
+    writers: Sequence[Writer],
+    *,
+    random_steps: int,
+    incarnation: int,
+) -> Rollout:
+    """Actor `index`: its environments, its policy, and the writers to its shards."""
+    from actors.envs import make_env
+    from actors.rollout import Rollout
+
+    seed = seed_of(config, "actor", index, incarnation)
+    env = make_env(
+        config.env,
+        num_envs=config.actors.envs,
+        batch_size=config.actors.batch_size,
+        threads=config.actors.threads,
+        seed=seed % 2**31,
+    )
+    return Rollout(
+        env,
+        make_policy(config, schema),
+        writers[0] if len(writers) == 1 else LaneWriter(writers),
+        random_steps=random_steps,
+        rows_per_write=config.actors.rows_per_write,
+        write_every_s=config.actors.write_every_s if config.mode == "cluster" else math.inf,
+        seed=seed,
+    )
+
+
+def save_learner(path: Path, algorithm: Sac, *, version: int) -> None:
+    """Write everything the learner needs to go on: parameters, optimiser, noise, counts."""
+    state = {name: tensor.numpy() for name, tensor in algorithm.state().items()}
+    save_tensors(path, state, {"updates": algorithm.updates, "version": version})
+
+
+def load_learner(path: Path, algorithm: Sac) -> int:
+    """Go on where `save_learner` was called. Returns the policy version then."""
+    import torch
+
+    arrays, metadata = load_tensors(path)
+    algorithm.load_state({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+    return int(metadata["version"])
+
+
+def learner_status(loop: LearnerLoop[Any]) -> dict[str, Any]:
+    """Counters, metrics and what the learner waits for."""
+    return {**loop.stats(), "metrics": loop.metrics(), "waiting_for": loop.waiting_for}
+
+
+def actor_status(rollout: Rollout, writers: Sequence[Writer], *, after: int) -> dict[str, Any]:
+    """Counters of an actor, its episodes from index `after` on, and what it waits for."""
+    # A copy first: the rollout appends meanwhile.
+    episodes = [e for e in list(rollout.episodes) if e.index >= after]
+    return {
+        **rollout.stats(),
+        "version": rollout.version,
+        "returns": [e.return_ for e in episodes],
+        "lengths": [e.length for e in episodes],
+        "next_episode": episodes[-1].index + 1 if episodes else after,
+        "waiting_for": next((w.waiting_for for w in writers if w.waiting_for), None),
+    }

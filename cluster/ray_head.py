@@ -1,0 +1,467 @@
+"""The head of a run under Ray: starts the other processes, watches them, starts them again, and keeps the books.
+
+One thread runs the control loop; calls from actors, the learner and the driver are answered beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster import parts
+from cluster.checkpoint import Checkpoints
+from cluster.files import read_json
+from cluster.head import Evaluation, Head, Tick
+from cluster.ray_workers import ActorWorker, EvaluatorWorker, LearnerWorker, ShardWorker
+from cluster.recorder import HEAD, LEARNER, Recorder, shard_file
+from cluster.runs import RunFolder
+from replay.schema import StepSchema
+
+ANSWER_S = 10.0  # a process that takes longer to answer is told of, and its last status used
+START_S = 120.0  # the longest that processes may take to start
+MOST_RESTARTS, WITHIN_S = 5, 60.0  # a process that fails more often than this ends the run
+
+log = logging.getLogger(__name__)
+
+
+class RunError(Exception):
+    """What ends a run that cannot go on."""
+
+
+@dataclass
+class _Child:
+    """A process the head has started."""
+
+    name: str
+    worker: Any  # Ray's handle
+    starting: Any = None  # answer of its `start`, until that is in
+    status: dict[str, Any] = field(default_factory=dict)
+    asked: Any = None  # answer of its `status` that has not come yet
+    failures: deque[float] = field(default_factory=deque)
+
+
+@ray.remote
+class HeadWorker:
+    """The head, as a named detached Ray actor."""
+
+    def __init__(self, folder: str, schema: str, wall_started: float, resume: str | None) -> None:
+        """
+        folder: of the run; the node of the head must reach it.
+        schema: StepSchema as JSON.
+        wall_started: epoch seconds at which the command was started.
+        resume: folder of the checkpoint to go on from.
+        """
+        self._folder = RunFolder.open(Path(folder))
+        self._config = self._folder.config
+        self._schema = schema
+        self._resume = None if resume is None else Path(resume)
+        self._wall_started = wall_started
+        started = time.monotonic() - (time.time() - wall_started)
+        state = None if self._resume is None else read_json(self._resume / HEAD)
+        self._head = Head(self._config, wall_started=started, state=state)
+        self._recorder = Recorder(self._folder, self._head, show=self._show)
+        self._namespace = ray.get_runtime_context().namespace
+        self._self = ray.get_runtime_context().current_actor
+        self._born = itertools.count()
+        self._children: dict[str, _Child] = {}
+        self._addresses: list[str] = []
+        self._ports: list[int] = []
+        self._weights: tuple[int, bytes, Any] = (0, b"", None)
+        self._weights_lock = threading.Lock()
+        self._evaluation: tuple[Any, int, int, bytes] | None = None  # answer, step, version, weights
+        self._next_episode: dict[str, int] = {}
+        self._first_step_told = False
+        self._shown: list[tuple[dict[str, float] | None, str | None]] = []
+        self._stop_asked: str | None = None
+        self._wake = threading.Event()
+        self._outcome: dict[str, Any] | None = None
+        self._thread = threading.Thread(target=self._control, name="control", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------- calls from other processes
+
+    def publish(self, version: int, data: bytes) -> None:
+        """The learner's new weights. They are put into the object store by the head, which outlives the learner."""
+        reference = ray.put(data)
+        with self._weights_lock:
+            if version > self._weights[0]:
+                self._weights = (version, data, reference)
+
+    def policy(self, have: int) -> tuple[int, Any] | None:
+        """Newest (version, reference to its weights), or None where `have` is the newest."""
+        version, _, reference = self._weights
+        return None if version <= have else (version, reference)
+
+    def status(self, after: int) -> dict[str, Any]:
+        """What was shown from index `after` on as (row, line), and how the run ended once it has."""
+        return {"shown": self._shown[after:], "outcome": self._outcome}
+
+    def processes(self) -> dict[str, int]:
+        """Process id of every living child, by name."""
+        return {name: int(child.status.get("pid", 0)) for name, child in self._children.items()}
+
+    def stop(self, reason: str) -> None:
+        """End the run with a checkpoint."""
+        self._stop_asked = self._stop_asked or reason
+        self._wake.set()
+
+    def _show(self, row: dict[str, float] | None, line: str | None) -> None:
+        self._shown.append((row, line))
+
+    # ------------------------------------------------------------- control loop
+
+    def _control(self) -> None:
+        try:
+            self._start()
+            reason = self._supervise()
+            summary = self._finish(reason)
+            outcome: dict[str, Any] = {"summary": summary}
+        except BaseException as error:
+            log.exception("the run failed")
+            text = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+            outcome = {"error": text}
+            self._recorder.event("error", text)
+        finally:
+            self._recorder.close()
+            for name in list(self._children):
+                self._kill(name)
+        self._outcome = outcome
+
+    def _supervise(self) -> str:
+        period = self._config.report_every_s
+        due = time.monotonic()
+        while True:
+            due = max(due + period, time.monotonic())
+            self._wake.wait(max(0.0, due - time.monotonic()))
+            self._collect()
+            self._tick()
+            if (stall := self._head.stall()) is not None:
+                self._recorder.event("warning", stall)
+            self._follow_evaluation()
+            reason = self._stop_asked or self._head.stop_reason()
+            if reason is not None:
+                return reason
+            if self._evaluation is None and self._head.evaluation_due():
+                self._begin_evaluation()
+            if self._head.checkpoint_due(time.monotonic()):
+                self._checkpoint()
+
+    def _finish(self, reason: str) -> dict[str, Any]:
+        head = self._head
+        # Actors first: one that waits for room in the replay needs the learner to go on.
+        self._ask_all("actor", "stop", 10.0)
+        self._collect()
+        self._tick()
+        self._ask_all("learner", "stop", 30.0)
+        if self._evaluation is not None:
+            ray.wait([self._evaluation[0]], timeout=START_S)
+            self._follow_evaluation()
+        if self._config.eval.every and head.stop_reason() and head.evaluation_now is None and self._weights[0]:
+            self._begin_evaluation()
+            assert self._evaluation is not None
+            ray.wait([self._evaluation[0]], timeout=START_S)
+            self._follow_evaluation()
+        self._collect()
+        self._tick()
+        self._checkpoint(head.evaluation_now)
+        self._ask_all("shard", "close", 10.0)
+        summary = head.summary(stop_reason=reason)
+        self._recorder.finish(summary)
+        return summary
+
+    def _ask_all(self, kind: str, method: str, timeout_s: float) -> None:
+        """Call a method of every process of a kind and wait; one that fails or takes too long is left behind."""
+        children = [child for name, child in self._children.items() if name.startswith(kind)]
+        arguments = (timeout_s,) if method == "stop" else ()
+        answers = [getattr(child.worker, method).remote(*arguments) for child in children]
+        done, _ = ray.wait(answers, num_returns=len(answers), timeout=timeout_s + 5.0)
+        for child, answer in zip(children, answers, strict=True):
+            try:
+                if answer not in done:
+                    raise TimeoutError(f"no answer within {timeout_s:g} s")
+                ray.get(answer)
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                self._recorder.event("warning", f"{child.name} could not {method}: {_short(error)}")
+
+    # --------------------------------------------------------------- processes
+
+    def _start(self) -> None:
+        """Start everything: all processes at once, for most of the time goes into their imports."""
+        config, counts = self._config, self._head.counts
+        for index in range(config.replay.shards):
+            self._spawn_shard(index)
+        for index in range(config.actors.count):
+            self._spawn_actor(index)
+        self._spawn_learner()
+        self._addresses = [""] * config.replay.shards
+        self._ports = [0] * config.replay.shards
+        for index in range(config.replay.shards):
+            snapshot = None
+            if self._resume is not None and config.checkpoints.replay:
+                snapshot = shard_file(self._resume, index)
+            self._start_shard(index, snapshot)
+        if self._resume is not None:
+            self._restore_limiter()
+        for index in range(config.actors.count):
+            child = self._children[f"actor {index}"]
+            child.starting = child.worker.start.remote(self._addresses)
+        version = max(counts.version + 1, parts.FIRST_VERSION)
+        self._start_learner(None if self._resume is None else self._resume / LEARNER, version)
+
+    def _make(self, name: str, kind: Any, *arguments: Any, cpus: float, gpus: float = 0.0) -> _Child:
+        """A new detached process; one of the same name must be dead."""
+        failures = self._children[name].failures if name in self._children else deque()
+        options = kind.options(
+            name=name.replace(" ", "-"),
+            namespace=self._namespace,
+            lifetime="detached",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_restarts=0,
+            max_concurrency=4,
+        )
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                worker = options.remote(*arguments)
+                break
+            except ValueError:  # Ray has not yet let go of the dead one's name
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        child = self._children[name] = _Child(name, worker, failures=failures)
+        return child
+
+    def _spawn_shard(self, index: int) -> None:
+        spec = parts.shard_spec(
+            self._config,
+            StepSchema.from_json(self._schema),
+            index,
+            run=self._folder.path.name,
+            incarnation=self._incarnation(),
+        )
+        self._make(f"shard {index}", ShardWorker, spec, cpus=0.0)
+
+    def _start_shard(self, index: int, snapshot: Path | None) -> None:
+        name = f"shard {index}"
+        child = self._children[name]
+        limiter = None if index == 0 else self._addresses[0]
+        path = None if snapshot is None else str(snapshot)
+        answer = self._get(child.worker.start.remote(limiter, path, self._ports[index]), name)
+        self._addresses[index], self._ports[index] = answer["address"], answer["port"]
+        child.status = answer["status"]
+        self._head.rebase(name, child.status)
+
+    def _restore_limiter(self) -> None:
+        shards = [c.status for name, c in self._children.items() if name.startswith("shard") and c.status]
+        counts = self._head.counts
+        counters = parts.limiter_counters(
+            self._config, inserted=counts.env_steps, sampled=counts.sampled, shards=shards
+        )
+        self._get(self._children["shard 0"].worker.restore_limiter.remote(counters), "shard 0")
+
+    def _spawn_actor(self, index: int) -> None:
+        self._next_episode[f"actor {index}"] = 0
+        self._make(
+            f"actor {index}",
+            ActorWorker,
+            self._config,
+            self._schema,
+            index,
+            self._self,
+            self._head.random_steps_left,
+            self._incarnation(),
+            cpus=self._config.actors.cpus,
+        )
+
+    def _spawn_learner(self) -> None:
+        settings = self._config.learners
+        self._make(
+            "learner",
+            LearnerWorker,
+            self._config,
+            self._schema,
+            self._self,
+            self._incarnation(),
+            cpus=settings.cpus,
+            gpus=settings.gpus,
+        )
+
+    def _start_learner(self, checkpoint: Path | None, version: int) -> None:
+        child = self._children["learner"]
+        child.starting = child.worker.start.remote(
+            self._addresses, None if checkpoint is None else str(checkpoint), version
+        )
+
+    def _incarnation(self) -> int:
+        """Tells every process that this run ever starts from every other, for their seeds."""
+        return (self._head.counts.incarnation << 20) + next(self._born)
+
+    def _get(self, answer: Any, name: str) -> Any:
+        try:
+            return ray.get(answer, timeout=START_S)
+        except ray.exceptions.GetTimeoutError:
+            raise RunError(f"{name} did not start within {START_S:g} s; see Ray's logs") from None
+        except ray.exceptions.RayError as error:
+            raise RunError(f"{name} could not start: {_short(error)}") from error
+
+    def _kill(self, name: str) -> None:
+        child = self._children.pop(name)
+        try:
+            ray.kill(child.worker)
+        except ray.exceptions.RayError as error:
+            log.warning("%s could not be ended: %s", name, error)
+
+    def _restart(self, child: _Child, why: str) -> None:
+        """Put a new process in the place of a dead or failed one."""
+        name, now = child.name, time.monotonic()
+        child.failures.append(now)
+        while now - child.failures[0] > WITHIN_S:
+            child.failures.popleft()
+        if len(child.failures) > MOST_RESTARTS:
+            raise RunError(f"{name} failed {len(child.failures)} times within {WITHIN_S:g} s: {why}")
+        ray.kill(child.worker)
+        self._head.counts.restarts += 1
+        kind, _, number = name.partition(" ")
+        checkpoint = Checkpoints(self._folder.checkpoints, keep=self._config.checkpoints.keep).latest()
+        if kind == "actor":
+            self._spawn_actor(int(number))
+            self._head.rebase(name, {})
+            fresh = self._children[name]
+            fresh.starting = fresh.worker.start.remote(self._addresses)
+            told = "a new one takes its place"
+        elif kind == "shard":
+            lost = int(child.status.get("items", 0))
+            self._spawn_shard(int(number))
+            usable = checkpoint is not None and self._config.checkpoints.replay
+            self._start_shard(int(number), shard_file(checkpoint.path, int(number)) if checkpoint and usable else None)
+            self._restore_limiter()
+            kept = int(self._children[name].status["items"])
+            told = f"a new one serves {kept} of its {lost} steps, from the last checkpoint"
+        else:
+            before = self._head.counts.updates
+            self._spawn_learner()
+            version = max(self._head.counts.version, self._weights[0]) + 1
+            self._start_learner(None if checkpoint is None else checkpoint.path / LEARNER, version)
+            self._head.rebase(name, {})
+            back = 0 if checkpoint is None else checkpoint.updates
+            self._head.counts.updates_lost += max(0, before - back)
+            told = f"a new one goes on from update {back}, {max(0, before - back)} updates are lost"
+        self._recorder.event("restart", f"{name} {why}; {told}")
+
+    # ----------------------------------------------------------------- watching
+
+    def _collect(self) -> None:
+        """Ask every process for its status, and start the dead ones again."""
+        for child in self._children.values():
+            if child.asked is None and child.starting is None:
+                after = (self._next_episode[child.name],) if child.name.startswith("actor") else ()
+                child.asked = child.worker.status.remote(*after)
+        pending = {c.asked or c.starting: c for c in self._children.values()}
+        asked = [c.asked for c in self._children.values() if c.asked is not None]
+        if asked:
+            ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
+        done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0.0)
+        for answer in done:
+            child = pending[answer]
+            try:
+                value = ray.get(answer)
+            except ray.exceptions.RayActorError:
+                self._restart(child, "died")
+                continue
+            except ray.exceptions.RayError as error:
+                self._restart(child, f"failed: {_short(error)}")
+                continue
+            if child.starting is not None:
+                child.starting = None
+                continue
+            child.asked, child.status = None, value
+            if failure := value.get("error"):
+                if value["error_type"] == "FloatingPointError":
+                    raise RunError(f"{child.name}: {failure}")
+                self._restart(child, f"failed: {failure}")
+
+    def _tick(self) -> None:
+        def statuses(kind: str) -> dict[str, dict[str, Any]]:
+            return {n: c.status for n, c in self._children.items() if n.startswith(kind) and c.status}
+
+        actors = statuses("actor")
+        returns: list[float] = []
+        lengths: list[int] = []
+        for name, status in actors.items():
+            # A status that came late is looked at again: its episodes were counted then.
+            if status["next_episode"] > self._next_episode[name]:
+                returns += status["returns"]
+                lengths += status["lengths"]
+                self._next_episode[name] = status["next_episode"]
+            if not self._first_step_told and status["first_step_at"]:
+                self._first_step_told = True
+                seconds = status["first_step_at"] - self._wall_started
+                self._recorder.event("start", f"first environment step {seconds:.1f} s after the command")
+        learner = self._children["learner"].status
+        tick = Tick(
+            time=time.monotonic(),
+            actors=actors,
+            shards=statuses("shard"),
+            learner=learner,
+            learner_metrics=learner.get("metrics", {}),
+            returns=returns,
+            lengths=lengths,
+            evaluating=self._evaluation is not None,
+        )
+        self._recorder.row(self._head.tick(tick))
+
+    # ---------------------------------------------------- evaluation, checkpoint
+
+    def _begin_evaluation(self) -> None:
+        if "evaluator" not in self._children:
+            self._make("evaluator", EvaluatorWorker, self._config, self._schema, cpus=0.0)
+        version, data, reference = self._weights
+        evaluator = self._children["evaluator"]
+        self._evaluation = (evaluator.worker.evaluate.remote(reference), self._head.counts.env_steps, version, data)
+
+    def _follow_evaluation(self) -> None:
+        """Take in an evaluation that has ended."""
+        if self._evaluation is None:
+            return
+        answer, step, version, data = self._evaluation
+        if not ray.wait([answer], timeout=0.0)[0]:
+            return
+        self._evaluation = None
+        try:
+            returns, seconds = ray.get(answer)
+        except ray.exceptions.RayError as error:
+            self._recorder.event("warning", f"the evaluation at step {step} failed: {_short(error)}")
+            self._kill("evaluator")
+            return
+        evaluation = Evaluation(step, version, tuple(returns), seconds)
+        best = self._head.evaluated(evaluation)
+        self._recorder.event("evaluation", evaluation.text)
+        if best:
+            self._checkpoint(evaluation.mean, data)
+
+    def _checkpoint(self, evaluation: float | None = None, policy: bytes | None = None) -> None:
+        shards = [self._children[f"shard {index}"] for index in range(self._config.replay.shards)]
+        learner = self._children["learner"]
+        if learner.starting is not None or learner.status.get("error"):
+            return
+        self._recorder.checkpoint(
+            save_learner=lambda path: ray.get(learner.worker.save.remote(str(path))),
+            save_shards=[lambda path, s=s: ray.get(s.worker.save.remote(str(path))) for s in shards],  # type: ignore[misc]
+            policy=self._weights[1] if policy is None else policy,
+            evaluation=evaluation,
+        )
+
+
+def _short(error: BaseException) -> str:
+    """The last line of an error, which in Ray's names the cause."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,240 @@
+"""The processes of a run as Ray actors: thin shells that run the parts in a thread and answer the head.
+
+Each is detached and named in the run's namespace, so that it outlives whoever made it. A part that fails keeps its process
+alive and tells its error in `status`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster import parts
+from configs.schema import RunConfig
+from replay.client import FlightWriter, stream_sampler
+from replay.schema import StepSchema
+from replay.server import ShardServer, ShardSpec
+
+
+class _Thread:
+    """Runs a function in a thread and keeps the error it ended with."""
+
+    def __init__(self, target: Callable[[], None], *, name: str) -> None:
+        self.error: BaseException | None = None
+        self._target = target
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._target()
+        except BaseException as error:
+            logging.getLogger(__name__).exception("%s failed", self._thread.name)
+            self.error = error
+
+    def failure(self) -> dict[str, str]:
+        """{"error": …, "error_type": …} once the function has failed; else empty."""
+        if self.error is None:
+            return {}
+        return {"error": f"{type(self.error).__name__}: {self.error}", "error_type": type(self.error).__name__}
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+
+@ray.remote
+class ShardWorker:
+    """Serves one replay shard."""
+
+    def __init__(self, spec: ShardSpec) -> None:
+        self._spec = spec
+        self._server: ShardServer | None = None
+
+    def start(self, limiter_address: str | None, snapshot: str | None, port: int) -> dict[str, Any]:
+        """Begin to serve. Returns its address, its port and its first status."""
+        spec = replace(self._spec, limiter_address=limiter_address, port=port)
+        self._server = ShardServer(spec, restore=None if snapshot is None else Path(snapshot))
+        return {"address": self._server.address, "port": self._server.port, "status": self._server.stats()}
+
+    def status(self) -> dict[str, Any]:
+        assert self._server is not None
+        return self._server.stats()
+
+    def save(self, path: str) -> dict[str, int]:
+        """Write a snapshot to `path`. Returns the counters it holds."""
+        assert self._server is not None
+        return self._server.save(Path(path))
+
+    def restore_limiter(self, counters: dict[str, int]) -> None:
+        """Set the counters of the limiter; on shard 0."""
+        assert self._server is not None
+        self._server.restore_limiter(**counters)
+
+    def close(self) -> None:
+        """Stop serving and remove the storage file."""
+        if self._server is not None:
+            self._server.close()
+
+
+@ray.remote
+class ActorWorker:
+    """Steps the environments of one actor."""
+
+    def __init__(
+        self, config: RunConfig, schema: str, index: int, head: Any, random_steps: int, incarnation: int
+    ) -> None:
+        self._config = config
+        self._schema = StepSchema.from_json(schema)
+        self._index = index
+        self._head = head
+        self._random_steps = random_steps
+        self._incarnation = incarnation
+        self._stopping = threading.Event()
+        self._fresh: tuple[int, bytes] | None = None  # weights that the rollout has not taken yet
+        # Imported while the shards start.
+        import actors.envs
+        import actors.rollout  # noqa: F401
+
+    def start(self, addresses: list[str]) -> None:
+        """Connect to the shards at these addresses and begin to step."""
+        chosen = [addresses[i] for i in parts.shards_of_actor(self._config, self._index)]
+        self._writers = [FlightWriter(address, self._schema) for address in chosen]
+        self._rollout = parts.make_rollout(
+            self._config,
+            self._schema,
+            self._index,
+            self._writers,
+            random_steps=self._random_steps,
+            incarnation=self._incarnation,
+        )
+        self._first_step_at: float | None = None
+        self._fetching = _Thread(self._fetch, name=f"policy-{self._index}")
+        self._stepping = _Thread(self._step, name=f"rollout-{self._index}")
+
+    def _step(self) -> None:
+        while not self._stopping.is_set():
+            if (fresh := self._fresh) is not None:
+                self._fresh = None
+                self._rollout.set_policy(*fresh)
+            steps = self._rollout.step()
+            if steps and self._first_step_at is None:
+                self._first_step_at = time.time()
+        self._rollout.close()
+
+    def _fetch(self) -> None:
+        """Keep the newest weights at hand; a head that is away for a while is asked again."""
+        have = 0
+        while not self._stopping.wait(self._config.actors.poll_policy_s):
+            try:
+                answer = ray.get(self._head.policy.remote(have), timeout=30.0)
+                if answer is not None:
+                    have, weights = answer
+                    self._fresh = (have, ray.get(weights, timeout=30.0))
+            except (ray.exceptions.RayError, TimeoutError):
+                continue
+
+    def status(self, after: int) -> dict[str, Any]:
+        """As `cluster.parts.actor_status`, with the error that ended the stepping, if one did."""
+        status = parts.actor_status(self._rollout, self._writers, after=after)
+        return {**status, "first_step_at": self._first_step_at, **self._stepping.failure()}
+
+    def stop(self, timeout_s: float) -> None:
+        """Stop stepping, write what is complete and end the lanes."""
+        self._stopping.set()
+        self._stepping.join(timeout_s)
+
+
+@ray.remote
+class LearnerWorker:
+    """Updates the networks and publishes weights."""
+
+    def __init__(self, config: RunConfig, schema: str, head: Any, incarnation: int) -> None:
+        from learners.loop import set_threads
+
+        self._config = config
+        self._schema = StepSchema.from_json(schema)
+        self._head = head
+        self._incarnation = incarnation
+        self._stopping = threading.Event()
+        set_threads(config.learners.cpus, config.learners.threads)
+        self._algorithm = parts.make_algorithm(config, self._schema, incarnation=incarnation)
+
+    def start(self, addresses: list[str], checkpoint: str | None, version: int) -> int:
+        """Begin to update, from a checkpoint's learner file where one is given. Returns the updates made before."""
+        from learners.loop import LearnerLoop
+
+        config = self._config
+        if checkpoint is not None:
+            parts.load_learner(Path(checkpoint), self._algorithm)
+        self._sampler = stream_sampler(
+            addresses,
+            self._schema,
+            batch_size=config.learners.batch_size,
+            horizon=config.algorithm.n_step,
+            prefetch=config.replay.prefetch,
+            seed=parts.seed_of(config, "sampler", 0, self._incarnation),
+        )
+        self._loop = LearnerLoop(
+            self._algorithm,
+            self._sampler,
+            publish=lambda version, data: ray.get(self._head.publish.remote(version, data)),
+            publish_every=config.learners.publish_every,
+            prefetch=2,
+            version=version,
+        )
+        self._updating = _Thread(self._update, name="learner")
+        return self._algorithm.updates
+
+    def _update(self) -> None:
+        from learners.loop import set_threads
+
+        # Once more: flushing denormals is a setting of the thread.
+        set_threads(self._config.learners.cpus, self._config.learners.threads)
+        self._loop.run(self._stopping)
+
+    def status(self) -> dict[str, Any]:
+        """As `cluster.parts.learner_status`, with the error that ended the updates, if one did."""
+        if failure := self._updating.failure():
+            return {**self._loop.stats(), "metrics": {}, "waiting_for": None, **failure}
+        return parts.learner_status(self._loop)
+
+    def save(self, path: str) -> None:
+        """Write the learner's state, taken between two updates."""
+        with self._loop.between_updates():
+            parts.save_learner(Path(path), self._algorithm, version=int(self._loop.stats()["version"]))
+
+    def stop(self, timeout_s: float) -> None:
+        """Stop updating, publish the last weights, and let go of the samples not used."""
+        self._stopping.set()
+        self._updating.join(timeout_s)
+        if self._updating.error is None:
+            self._loop.publish()
+        self._sampler.close()
+
+
+@ray.remote
+class EvaluatorWorker:
+    """Runs evaluations on environments of its own."""
+
+    def __init__(self, config: RunConfig, schema: str) -> None:
+        self._config = config
+        self._policy = parts.make_policy(config, StepSchema.from_json(schema))
+        self._evaluator: Any = None
+
+    def evaluate(self, weights: bytes) -> tuple[list[float], float]:
+        """Returns of the evaluation episodes, and the seconds they took."""
+        from actors.evaluate import Evaluator
+
+        began = time.monotonic()
+        if self._evaluator is None:
+            settings = self._config.eval
+            self._evaluator = Evaluator(self._config.env, episodes=settings.episodes, seed=settings.seed)
+        self._policy.load(weights)
+        return self._evaluator.run(self._policy), time.monotonic() - began

@@ -1,0 +1,105 @@
+"""What a run leaves in its folder while it goes on: metrics, events, checkpoints, and the summary and report at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cluster.checkpoint import Checkpoints
+from cluster.files import DiskFullError, write_atomically, write_json
+from cluster.head import Head
+from cluster.metrics import MetricsWriter
+from cluster.runs import RunFolder
+
+POLICY = "policy.safetensors"
+LEARNER = "learner.safetensors"
+HEAD = "head.json"
+
+
+def shard_file(checkpoint: Path, index: int) -> Path:
+    """Where a checkpoint keeps the steps of a shard."""
+    return checkpoint / "replay" / f"shard-{index}.arrow"
+
+
+class Recorder:
+    """Writes the folder of one run; a full disk costs what could not be written, and is told, but ends no training."""
+
+    def __init__(
+        self, folder: RunFolder, head: Head, *, show: Callable[[dict[str, float] | None, str | None], None]
+    ) -> None:
+        """`show` is called with each metrics row, and with each line of text."""
+        self._folder = folder
+        self._head = head
+        self._show = show
+        self._metrics = MetricsWriter(folder.path)
+        self._checkpoints = Checkpoints(folder.checkpoints, keep=folder.config.checkpoints.keep)
+        self._disk_full_told = False
+
+    def row(self, row: dict[str, float]) -> None:
+        """Keep and show one metrics row."""
+        try:
+            self._metrics.write(row)
+            self._disk_full_told = False
+        except DiskFullError as error:
+            if not self._disk_full_told:
+                self._disk_full_told = True
+                self.event("warning", f"metrics are held back: {error}")
+        self._show(row, None)
+
+    def event(self, kind: str, text: str) -> None:
+        """Keep and show one line about something that happened."""
+        with suppress(OSError):  # where the disk is full the line is shown all the same
+            self._folder.event(kind, text, time_s=self._head.counts.time_s)
+        self._show(None, text)
+
+    def checkpoint(
+        self,
+        *,
+        save_learner: Callable[[Path], None],
+        save_shards: Sequence[Callable[[Path], dict[str, int]]],
+        policy: bytes,
+        evaluation: float | None = None,
+    ) -> None:
+        """Write a checkpoint of the learner, the shards, the acting policy and the head's counts.
+
+        Each of `save_shards` writes its shard's steps to the path and returns the shard's counters then.
+        `evaluation` is the mean return of `policy`, where it was measured.
+        """
+        head, replay = self._head, self._folder.config.checkpoints.replay
+        began = time.monotonic()
+        try:
+            with self._checkpoints.write(
+                env_steps=head.counts.env_steps, updates=head.counts.updates, eval_mean_return=evaluation
+            ) as path:
+                save_learner(path / LEARNER)
+                write_atomically(path / POLICY, policy)
+                shard_file(path, 0).parent.mkdir()
+                if replay:
+                    counters = [save(shard_file(path, index)) for index, save in enumerate(save_shards)]
+                    # Steps that came in since the last tick are in the files, so they are in the counts as well.
+                    head.count_shards({f"shard {index}": found for index, found in enumerate(counters)})
+                write_json(path / HEAD, head.state())
+        except DiskFullError as error:
+            self.event("warning", f"no checkpoint was written: {error}")
+        else:
+            self._folder.event(
+                "checkpoint",
+                f"step {head.counts.env_steps} in {time.monotonic() - began:.1f} s",
+                time_s=head.counts.time_s,
+            )
+        head.checkpointed(time.monotonic())
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary and the report."""
+        from cluster.report import write_report
+
+        self._metrics.close()
+        self._folder.finished(summary)
+        write_report(self._folder.path)
+
+    def close(self) -> None:
+        """Write the metrics that wait; a second call does nothing."""
+        self._metrics.close()

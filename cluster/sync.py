@@ -1,0 +1,223 @@
+"""The one-process mode: the same shards, actors and learner, called in lock step without Ray.
+
+    every actor steps once → the learner updates as often as the limiter allows → metrics, evaluation, checkpoint when due
+
+Same seed and settings give the same metrics to the last digit, those taken from clocks aside.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from actors.envs import check_env
+from actors.evaluate import Evaluator
+from cluster import parts
+from cluster.checkpoint import Checkpoint
+from cluster.files import read_json
+from cluster.head import Evaluation, Head, Tick
+from cluster.recorder import HEAD, LEARNER, Recorder, shard_file
+from cluster.runs import RunFolder
+from learners.loop import LearnerLoop, set_threads
+from replay import snapshot
+from replay.client import CallSource, CallWriter, Sampler
+from replay.files import StorageFile
+from replay.limiter import RateLimiter
+from replay.schema import StepSchema
+from replay.server import ShardSpec
+from replay.shard import Shard
+
+ROW_STEPS = 200  # environment steps between two metrics rows: by steps, so that two runs report at the same moments
+
+
+class SyncRun:
+    """A run in this process. `run` ends by closing everything."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        wall_started: float,
+        resume: Checkpoint | None,
+        show: Callable[[dict[str, float] | None, str | None], None],
+    ) -> None:
+        """
+        wall_started: monotonic time at which the command was started.
+        resume: the checkpoint to go on from.
+        show: called with each metrics row, and with each line of text.
+
+        Raises:
+            EnvError: the environment is unknown or does not fit.
+            OSError: too little space for the replay.
+        """
+        config = self._config = folder.config
+        state = None if resume is None else read_json(resume.path / HEAD)
+        head = self._head = Head(config, wall_started=wall_started, state=state)
+        incarnation = head.counts.incarnation
+        set_threads(config.learners.cpus, config.learners.threads)
+        schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
+        self._limiter = RateLimiter(
+            samples_per_insert=config.samples_per_insert,
+            min_size=config.replay.min_size,
+            error_buffer=config.replay.error_buffer * config.samples_per_insert,
+        )
+        self._shards = [
+            _make_shard(
+                schema,
+                parts.shard_spec(config, schema, i, run=folder.path.name, incarnation=incarnation),
+                self._limiter,
+            )
+            for i in range(config.replay.shards)
+        ]
+        self._algorithm = parts.make_algorithm(config, schema, incarnation=incarnation)
+        version = parts.FIRST_VERSION
+        if resume is not None:
+            version = 1 + parts.load_learner(resume.path / LEARNER, self._algorithm)
+            self._restore(resume.path)
+        self._loop = LearnerLoop(
+            self._algorithm,
+            Sampler(
+                [CallSource(shard, horizon=config.algorithm.n_step) for shard in self._shards],
+                batch_size=config.learners.batch_size,
+                seed=parts.seed_of(config, "sampler", 0, incarnation),
+            ),
+            publish=self._take_weights,
+            publish_every=config.learners.publish_every,
+            prefetch=1,
+            version=version,
+        )
+        self._version, self._weights = 0, b""
+        self._actors = []
+        for index in range(config.actors.count):
+            writers = [CallWriter(self._shards[i]) for i in parts.shards_of_actor(config, index)]
+            rollout = parts.make_rollout(
+                config, schema, index, writers, random_steps=head.random_steps_left, incarnation=incarnation
+            )
+            self._actors.append((rollout, writers))
+        self._next_episode = [0] * config.actors.count
+        self._policy = parts.make_policy(config, schema)
+        self._evaluator: Evaluator | None = None
+        self._evaluating = False
+        self._recorder = Recorder(folder, head, show=show)
+
+    def _restore(self, checkpoint: Path) -> None:
+        if self._config.checkpoints.replay:
+            for index, shard in enumerate(self._shards):
+                snapshot.load(shard, shard_file(checkpoint, index))
+        stats = [shard.stats() for shard in self._shards]
+        for index, found in enumerate(stats):
+            self._head.rebase(f"shard {index}", found)
+        counts = self._head.counts
+        found = parts.limiter_counters(self._config, inserted=counts.env_steps, sampled=counts.sampled, shards=stats)
+        self._limiter.restore(
+            inserted=found["inserted"], sampled=found["sampled"], removed=found["inserted"] - found["items"]
+        )
+
+    def _take_weights(self, version: int, data: bytes) -> None:
+        self._version, self._weights = version, data
+
+    def run(self, stopping: threading.Event) -> dict[str, Any]:
+        """Train until a stop condition is met or `stopping` is set. Returns the summary, which the run's folder holds too."""
+        try:
+            self._loop.publish()
+            reason = self._train(stopping)
+            if self._config.eval.every and self._head.stop_reason() and self._head.evaluation_now is None:
+                self._evaluate()
+                self._tick()
+            for rollout, _ in self._actors:
+                rollout.close()
+            self._checkpoint(self._head.evaluation_now)
+            summary = self._head.summary(stop_reason=reason)
+            self._recorder.finish(summary)
+            return summary
+        finally:
+            self._recorder.close()
+            if self._evaluator is not None:
+                self._evaluator.close()
+            for shard in self._shards:
+                shard.close()
+
+    def _train(self, stopping: threading.Event) -> str:
+        every = max(ROW_STEPS, self._config.lanes)
+        next_row = 0
+        while True:
+            for rollout, _ in self._actors:
+                if rollout.version != self._version:
+                    rollout.set_policy(self._version, self._weights)
+                rollout.step()
+            self._update()
+            steps = self._limiter.inserted
+            if steps >= min(next_row, self._head.next_due) or stopping.is_set():
+                next_row = steps - steps % every + every
+                self._tick()
+                if self._head.evaluation_due():
+                    self._loop.publish()
+                    self._evaluate()
+                reason = "stopped by a signal" if stopping.is_set() else self._head.stop_reason()
+                if reason is not None:
+                    return reason
+                if self._head.checkpoint_due(time.monotonic()):
+                    self._checkpoint()
+
+    def _update(self) -> None:
+        while True:
+            try:
+                self._loop.step(timeout_s=0.0)
+            except TimeoutError:
+                return
+
+    def _tick(self) -> None:
+        actors = {
+            f"actor {index}": parts.actor_status(rollout, writers, after=self._next_episode[index])
+            for index, (rollout, writers) in enumerate(self._actors)
+        }
+        self._next_episode = [int(status["next_episode"]) for status in actors.values()]
+        tick = Tick(
+            time=time.monotonic(),
+            actors=actors,
+            shards={f"shard {index}": shard.stats() for index, shard in enumerate(self._shards)},
+            learner=self._loop.stats(),
+            learner_metrics=self._loop.metrics(),
+            returns=[r for status in actors.values() for r in status["returns"]],
+            lengths=[n for status in actors.values() for n in status["lengths"]],
+            evaluating=self._evaluating,
+        )
+        self._evaluating = False
+        self._recorder.row(self._head.tick(tick))
+
+    def _evaluate(self) -> None:
+        config = self._config
+        if self._evaluator is None:
+            self._evaluator = Evaluator(config.env, episodes=config.eval.episodes, seed=config.eval.seed)
+        self._policy.load(self._weights)
+        began = time.monotonic()
+        returns = tuple(self._evaluator.run(self._policy))
+        evaluation = Evaluation(self._head.counts.env_steps, self._version, returns, time.monotonic() - began)
+        self._evaluating = True
+        if self._head.evaluated(evaluation):
+            self._checkpoint(evaluation.mean)
+        self._recorder.event("evaluation", evaluation.text)
+
+    def _checkpoint(self, evaluation: float | None = None) -> None:
+        self._recorder.checkpoint(
+            save_learner=lambda path: parts.save_learner(path, self._algorithm, version=self._version),
+            save_shards=[lambda path, shard=shard: snapshot.save(shard, path) for shard in self._shards],  # type: ignore[misc]
+            policy=self._weights,
+            evaluation=evaluation,
+        )
+
+
+def _make_shard(schema: StepSchema, spec: ShardSpec, limiter: RateLimiter) -> Shard:
+    size = Shard.memory_bytes(schema, capacity=spec.capacity, segment_steps=spec.segment_steps)
+    return Shard(
+        schema,
+        limiter,
+        index=spec.index,
+        capacity=spec.capacity,
+        segment_steps=spec.segment_steps,
+        seed=spec.seed,
+        file=StorageFile(spec.directory, run=spec.run, shard=spec.index, size=size),
+    )
