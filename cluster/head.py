@@ -32,8 +32,9 @@ class Counts:
     incarnation: int = 0  # times the run was started or resumed; part of the seeds of actors
     version: int = 0  # highest policy version ever published
     time_s: float = 0.0  # since the first environment step, time between a stop and its resumption left out
-    eval_s: float = 0.0  # part of time_s in which an evaluation ran
-    eval_steps: int = 0  # environment steps taken meanwhile
+    eval_s: float = 0.0  # spent in evaluations, beside training or (one-process mode) instead of it
+    trained_s: float = 0.0  # part of time_s that throughput is reckoned over: no evaluation ran
+    trained_steps: int = 0  # environment steps taken meanwhile
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Tick:
     learner_metrics: Mapping[str, float] = field(default_factory=dict)
     returns: Sequence[float] = ()  # of the episodes finished since the last tick
     lengths: Sequence[int] = ()
-    evaluating: bool = False
+    evaluating: bool = False  # an evaluation runs beside training
+    paused_s: float = 0.0  # training stood still for evaluations since the last tick
 
 
 class Head:
@@ -176,11 +178,10 @@ class Head:
             "policy_version": counts.version,
         }
         if previous is not None and tick.time > previous.time:
-            seconds = tick.time - previous.time
-            if tick.evaluating or previous.evaluating:
-                counts.eval_s += seconds
-                counts.eval_steps += counts.env_steps - steps_before
-            else:
+            seconds = tick.time - previous.time - tick.paused_s
+            if not (tick.evaluating or previous.evaluating) and self.first_step_at is not None:
+                counts.trained_s += seconds
+                counts.trained_steps += counts.env_steps - steps_before
                 row["steps_per_s"] = (counts.env_steps - steps_before) / seconds
                 row["updates_per_s"] = max(0, counts.updates - updates_before) / seconds
         size = sum(int(s["items"]) for s in tick.shards.values())
@@ -242,6 +243,7 @@ class Head:
     def evaluated(self, evaluation: Evaluation) -> bool:
         """Take in an evaluation; it stands in the next metrics row. Returns whether it is the best so far."""
         self.last_evaluation = self._pending_evaluation = evaluation
+        self.counts.eval_s += evaluation.seconds
         if self.best is not None and evaluation.mean <= self.best:
             return False
         self.best = evaluation.mean
@@ -299,8 +301,6 @@ class Head:
     def summary(self, *, stop_reason: str) -> dict[str, Any]:
         """How the run ended."""
         counts, last = self.counts, self.last_evaluation
-        trained_s = counts.time_s - counts.eval_s
-        steps = counts.env_steps - counts.eval_steps
         return {
             "stop_reason": stop_reason,
             "steps": counts.env_steps,
@@ -311,7 +311,7 @@ class Head:
             "restarts": counts.restarts,
             "time_s": counts.time_s,
             "eval_s": counts.eval_s,
-            "steps_per_s": steps / trained_s if trained_s > 0 else None,
+            "steps_per_s": counts.trained_steps / counts.trained_s if counts.trained_s > 0 else None,
             "mean_return": last.mean if last else None,
             "std_return": last.std if last else None,
             "best_mean_return": self.best,

@@ -361,12 +361,13 @@ class HeadWorker:
 
     def _collect(self) -> None:
         """Ask every process for its status, and start the dead ones again."""
-        for child in self._children.values():
+        watched = [child for name, child in self._children.items() if name != "evaluator"]
+        for child in watched:
             if child.asked is None and child.starting is None:
                 after = (self._next_episode[child.name],) if child.name.startswith("actor") else ()
                 child.asked = child.worker.status.remote(*after)
-        pending = {c.asked or c.starting: c for c in self._children.values()}
-        asked = [c.asked for c in self._children.values() if c.asked is not None]
+        pending = {c.asked or c.starting: c for c in watched}
+        asked = [c.asked for c in watched if c.asked is not None]
         if asked:
             ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
         done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0.0)

@@ -80,7 +80,7 @@ def run_on_ray(
 def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> bool:
     """Start a private Ray or attach to a cluster. Returns whether it is attached."""
     address = config.address or os.environ.get("RAY_ADDRESS")
-    common = {"namespace": name, "log_to_driver": False, "logging_level": "warning"}
+    common = {"namespace": name, "log_to_driver": False, "logging_level": "error"}
     if address:
         try:
             ray.init(address=address, **common)

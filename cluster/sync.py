@@ -100,7 +100,7 @@ class SyncRun:
         self._next_episode = [0] * config.actors.count
         self._policy = parts.make_policy(config, schema)
         self._evaluator: Evaluator | None = None
-        self._evaluating = False
+        self._paused_s = 0.0
         self._recorder = Recorder(folder, head, show=show)
 
     def _restore(self, checkpoint: Path) -> None:
@@ -183,9 +183,9 @@ class SyncRun:
             learner_metrics=self._loop.metrics(),
             returns=[r for status in actors.values() for r in status["returns"]],
             lengths=[n for status in actors.values() for n in status["lengths"]],
-            evaluating=self._evaluating,
+            paused_s=self._paused_s,
         )
-        self._evaluating = False
+        self._paused_s = 0.0
         self._recorder.row(self._head.tick(tick))
 
     def _evaluate(self) -> None:
@@ -196,7 +196,7 @@ class SyncRun:
         began = time.monotonic()
         returns = tuple(self._evaluator.run(self._policy))
         evaluation = Evaluation(self._head.counts.env_steps, self._version, returns, time.monotonic() - began)
-        self._evaluating = True
+        self._paused_s += evaluation.seconds
         if self._head.evaluated(evaluation):
             self._checkpoint(evaluation.mean)
         self._recorder.event("evaluation", evaluation.text)

@@ -285,6 +285,7 @@ class StreamSource:
         self._ready_count = 0
         self._ack_every = max(1, prefetch // 2)
         self._stream: _Stream | None = None  # the one that `_ready` came from
+        self._opened: _Stream | None = None  # the one being read
         self._reader: Any = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._read, name=f"stream-{index}", daemon=True)
@@ -294,9 +295,9 @@ class StreamSource:
         lost_since: float | None = None
         while not self._closing.is_set():
             try:
-                stream = _Stream(flight.FlightClient(self._address), uuid.uuid4().hex)
-                ticket = flight.Ticket(json.dumps({"stream": stream.name, **self._ticket}).encode())
-                self._reader = stream.client.do_get(ticket)
+                name, client = uuid.uuid4().hex, flight.FlightClient(self._address)
+                self._reader = client.do_get(flight.Ticket(json.dumps({"stream": name, **self._ticket}).encode()))
+                self._opened = stream = _Stream(client, name)
                 lost_since = None
                 expected = window_schema(self._schema, self._horizon)
                 if not self._reader.schema.equals(expected, check_metadata=True):
@@ -376,8 +377,8 @@ class StreamSource:
 
     def close(self) -> None:
         self._closing.set()
-        if self._stream is not None:
-            self._stream.acknowledge()
+        if self._opened is not None:
+            self._opened.close()
         deadline = time.monotonic() + 5.0
         while self._thread.is_alive() and time.monotonic() < deadline:
             if self._reader is not None:
@@ -389,14 +390,21 @@ class _Stream:
     """One DoGet stream, and how many of its messages were used and not yet acknowledged."""
 
     def __init__(self, client: flight.FlightClient, name: str) -> None:
-        self.client = client
-        self.name = name
+        descriptor = flight.FlightDescriptor.for_command(json.dumps({"acknowledge": name}).encode())
+        self._put, _ = client.do_put(descriptor, pa.schema([]))
+        self._client = client
         self.used = 0
 
     def acknowledge(self) -> None:
         count, self.used = self.used, 0
         with suppress(*_LOST):  # the reading thread finds the lost shard and opens a new stream
-            _action(self.client, "ack", {"stream": self.name, "count": count})
+            self._put.write_metadata(SEQUENCE.pack(count))
+
+    def close(self) -> None:
+        """Acknowledge what was used, and wait until the shard knows."""
+        self.acknowledge()
+        with suppress(*_LOST):
+            self._put.close()
 
 
 def _slice(batch: WindowBatch, begin: int, end: int) -> WindowBatch:

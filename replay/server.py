@@ -7,7 +7,8 @@ Data plane, all on long-lived streams:
   DoGet   ticket {"stream": id, "batch": n, "horizon": h, "prefetch": k}: batches of windows without end, at most k ahead of
           what the reader has acknowledged. The metadata is the shard's mass; a stream that waits sends it with an
           empty batch, so that readers of several shards know how their masses change.
-  DoAction ack {"stream", "count"}; lease {"side", "count", "block", "deleted", "timeout_s"}; stats; save {"path"}.
+          DoPut descriptor {"acknowledge": id}: the number of a stream's batches used since the last message, as metadata.
+  DoAction lease {"side", "count", "block", "deleted", "timeout_s"}; stats; save {"path"}.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -171,8 +173,22 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
     # ------------------------------------------------------------------ Flight
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
+        command = json.loads(descriptor.command)
+        if "acknowledge" in command:
+            self._read_acknowledgements(str(command["acknowledge"]), reader)
+        else:
+            self._read_rows(context, str(command["writer"]), reader, writer)
+
+    def _read_acknowledgements(self, stream: str, reader: Any) -> None:
+        with suppress(StopIteration):
+            while True:
+                (count,) = SEQUENCE.unpack(reader.read_chunk().app_metadata)
+                known = self._streams.get(stream)
+                if known is not None:
+                    known.acknowledge(count)
+
+    def _read_rows(self, context: Any, name: str, reader: Any, writer: Any) -> None:
         shard = self.shard
-        name = str(json.loads(descriptor.command)["writer"])
         expected = shard.schema.arrow()
         if not reader.schema.equals(expected, check_metadata=True):
             raise flight.FlightServerError(
@@ -230,24 +246,21 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
     def do_action(self, context: Any, action: Any) -> list[bytes]:
         body: dict[str, Any] = json.loads(action.body.to_pybytes() or b"{}")
         match action.type:
-            case "ack":
-                stream = self._streams.get(str(body["stream"]))
-                if stream is not None:
-                    stream.acknowledge(int(body["count"]))
-                answer: dict[str, Any] = {}
             case "lease":
                 if self._leader is None:
                     raise flight.FlightServerError(f"shard {self.shard.index} does not hold the table's limiter")
                 self._leader.deleted(int(body["deleted"]))
                 timeout_s = min(float(body["timeout_s"]), _POLL_S)
                 side, count, block = body["side"], int(body["count"]), int(body["block"])
-                answer = {"granted": self._leader.acquire_block(side, count, block, timeout_s=timeout_s)}
+                answer: dict[str, Any] = {
+                    "granted": self._leader.acquire_block(side, count, block, timeout_s=timeout_s)
+                }
             case "stats":
                 answer = self.stats()
             case "save":
                 answer = self.save(Path(str(body["path"])))
             case unknown:
-                raise flight.FlightServerError(f"unknown action {unknown!r}; known are ack, lease, stats, save")
+                raise flight.FlightServerError(f"unknown action {unknown!r}; known are lease, stats, save")
         return [json.dumps(answer).encode()]
 
     # ----------------------------------------------------------------- control

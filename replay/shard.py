@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .files import StorageFile
-from .limiter import Clock, Limiter
+from .limiter import Clock, Limiter, Side
 from .schema import SchemaError, StepSchema, WindowBatch
 from .storage import NONE, SegmentStorage
 
@@ -164,7 +164,7 @@ class Shard:
             grown = np.full(most + 1, NONE, np.int64)
             grown[: len(writer.lanes)] = writer.lanes
             writer.lanes = grown
-        mapped = writer.lanes[lanes]
+        mapped: np.ndarray = writer.lanes[lanes]
         if (mapped == NONE).any():
             for lane in np.unique(lanes[mapped == NONE]).tolist():
                 writer.lanes[lane] = self._storage.open_lane()
@@ -256,11 +256,11 @@ class Shard:
                 "leases_ended": self.leases_ended,
             }
         found.update({f"time/{state}": seconds for state, seconds in self.clock.seconds().items()})
-        insert, sample = self.clock.longest("wait_insert_s"), self.clock.longest("wait_sample_s")
+        sides: tuple[tuple[str, Side], ...] = (("writer", "insert"), ("sampler", "sample"))
         found["waiting"] = [
             f"{who} for {seconds:.0f} s: waiting for {self.limiter.why(side)}"
-            for who, side, seconds in (("writer", "insert", insert), ("sampler", "sample", sample))
-            if seconds > 1.0
+            for who, side in sides
+            if (seconds := self.clock.longest(f"wait_{side}_s")) > 1.0
         ]
         return found
 
