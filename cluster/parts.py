@@ -41,10 +41,12 @@ def shard_spec(config: RunConfig, schema: StepSchema, index: int, *, run: str, i
         segment_steps=config.replay.segment_steps,
         samples_per_insert=config.samples_per_insert,
         min_size=config.replay.min_size,
-        error_buffer=config.replay.error_buffer * config.samples_per_insert,
+        error_buffer=config.error_buffer * config.samples_per_insert,
         seed=seed_of(config, "shard", index, incarnation),
         directory=config.replay.directory,
         host=config.replay.host,
+        insert_block=config.actors.rows_per_write,
+        sample_block=config.learners.batch_size,
     )
 
 

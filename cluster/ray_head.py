@@ -79,6 +79,7 @@ class HeadWorker:
         self._evaluation: tuple[Any, int, int, bytes] | None = None  # answer, step, version, weights
         self._next_episode: dict[str, int] = {}
         self._first_step_told = False
+        self._finishing = False
         self._shown: list[tuple[dict[str, float] | None, str | None]] = []
         self._stop_asked: str | None = None
         self._wake = threading.Event()
@@ -104,10 +105,6 @@ class HeadWorker:
         """What was shown from index `after` on as (row, line), and how the run ended once it has."""
         return {"shown": self._shown[after:], "outcome": self._outcome}
 
-    def processes(self) -> dict[str, int]:
-        """Process id of every living child, by name."""
-        return {name: int(child.status.get("pid", 0)) for name, child in self._children.items()}
-
     def stop(self, reason: str) -> None:
         """End the run with a checkpoint."""
         self._stop_asked = self._stop_asked or reason
@@ -131,6 +128,7 @@ class HeadWorker:
             self._recorder.event("error", text)
         finally:
             self._recorder.close()
+            self._ask_all("shard", "close", 10.0)  # their storage would stay in memory
             for name in list(self._children):
                 self._kill(name)
         self._outcome = outcome
@@ -156,6 +154,7 @@ class HeadWorker:
 
     def _finish(self, reason: str) -> dict[str, Any]:
         head = self._head
+        self._finishing = True
         # Actors first: one that waits for room in the replay needs the learner to go on.
         self._ask_all("actor", "stop", 10.0)
         self._collect()
@@ -172,7 +171,6 @@ class HeadWorker:
         self._collect()
         self._tick()
         self._checkpoint(head.evaluation_now)
-        self._ask_all("shard", "close", 10.0)
         summary = head.summary(stop_reason=reason)
         self._recorder.finish(summary)
         return summary
@@ -259,6 +257,7 @@ class HeadWorker:
         self._addresses[index], self._ports[index] = answer["address"], answer["port"]
         child.status = answer["status"]
         self._head.rebase(name, child.status)
+        self._started(name, answer["process"])
 
     def _restore_limiter(self) -> None:
         shards = [c.status for name, c in self._children.items() if name.startswith("shard") and c.status]
@@ -284,6 +283,9 @@ class HeadWorker:
 
     def _spawn_learner(self) -> None:
         settings = self._config.learners
+        gpus = settings.gpus
+        if gpus is None:
+            gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0)) if settings.device != "cpu" else 0.0
         self._make(
             "learner",
             LearnerWorker,
@@ -292,7 +294,7 @@ class HeadWorker:
             self._self,
             self._incarnation(),
             cpus=settings.cpus,
-            gpus=settings.gpus,
+            gpus=gpus,
         )
 
     def _start_learner(self, checkpoint: Path | None, version: int) -> None:
@@ -300,6 +302,10 @@ class HeadWorker:
         child.starting = child.worker.start.remote(
             self._addresses, None if checkpoint is None else str(checkpoint), version
         )
+
+    def _started(self, name: str, process: dict[str, Any]) -> None:
+        text = f"{name} runs as process {process['pid']} on {process['node']}"
+        self._recorder.event("process", text, shown=False)
 
     def _incarnation(self) -> int:
         """Tells every process that this run ever starts from every other, for their seeds."""
@@ -379,10 +385,13 @@ class HeadWorker:
                 self._restart(child, "died")
                 continue
             except ray.exceptions.RayError as error:
+                if child.starting is not None:  # what could not start now will not start again
+                    raise RunError(f"{child.name} could not start: {_short(error)}") from error
                 self._restart(child, f"failed: {_short(error)}")
                 continue
             if child.starting is not None:
                 child.starting = None
+                self._started(child.name, value)
                 continue
             child.asked, child.status = None, value
             if failure := value.get("error"):
@@ -416,7 +425,7 @@ class HeadWorker:
             learner_metrics=learner.get("metrics", {}),
             returns=returns,
             lengths=lengths,
-            evaluating=self._evaluation is not None,
+            evaluating=self._evaluation is not None or self._finishing,
         )
         self._recorder.row(self._head.tick(tick))
 
@@ -454,12 +463,26 @@ class HeadWorker:
         learner = self._children["learner"]
         if learner.starting is not None or learner.status.get("error"):
             return
-        self._recorder.checkpoint(
-            save_learner=lambda path: ray.get(learner.worker.save.remote(str(path))),
-            save_shards=[lambda path, s=s: ray.get(s.worker.save.remote(str(path))) for s in shards],  # type: ignore[misc]
-            policy=self._weights[1] if policy is None else policy,
-            evaluation=evaluation,
-        )
+        try:
+            self._recorder.checkpoint(
+                save_learner=lambda path: _saved(learner.worker.save.remote(str(path))),
+                save_shards=[lambda path, s=s: _saved(s.worker.save.remote(str(path))) for s in shards],  # type: ignore[misc]
+                policy=self._weights[1] if policy is None else policy,
+                evaluation=evaluation,
+            )
+        except ray.exceptions.RayError as error:
+            # A process died meanwhile: the next look at it starts it again, and what was written is gone.
+            self._recorder.event("warning", f"no checkpoint was written: {_short(error)}")
+
+
+def _saved(answer: Any) -> Any:
+    """What a process that wrote a file answers; an OSError there is one here, so that a full disk is known as one."""
+    try:
+        return ray.get(answer)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, OSError):
+            raise OSError(error.cause.errno, str(error.cause)) from error
+        raise
 
 
 def _short(error: BaseException) -> str:

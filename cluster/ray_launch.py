@@ -89,7 +89,7 @@ def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> bo
                 f"no Ray cluster answers at {address}: {error}; start one (`ray start --head`), or leave out --address to "
                 "start a private one"
             ) from error
-        have, want = ray.cluster_resources(), {"CPU": needed_cpus(config), "GPU": config.learners.gpus}
+        have, want = ray.cluster_resources(), {"CPU": needed_cpus(config), "GPU": config.learners.gpus or 0.0}
         short = [f"{want[k]:g} {k}s, and it has {have.get(k, 0):g}" for k in want if want[k] > have.get(k, 0)]
         if short:
             ray.shutdown()

@@ -7,6 +7,7 @@ alive and tells its error in `status`.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -49,6 +50,10 @@ class _Thread:
         self._thread.join(timeout_s)
 
 
+def _process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "node": ray.util.get_node_ip_address()}
+
+
 @ray.remote
 class ShardWorker:
     """Serves one replay shard."""
@@ -61,7 +66,12 @@ class ShardWorker:
         """Begin to serve. Returns its address, its port and its first status."""
         spec = replace(self._spec, limiter_address=limiter_address, port=port)
         self._server = ShardServer(spec, restore=None if snapshot is None else Path(snapshot))
-        return {"address": self._server.address, "port": self._server.port, "status": self._server.stats()}
+        return {
+            "address": self._server.address,
+            "port": self._server.port,
+            "status": self._server.stats(),
+            "process": _process(),
+        }
 
     def status(self) -> dict[str, Any]:
         assert self._server is not None
@@ -102,8 +112,8 @@ class ActorWorker:
         import actors.envs
         import actors.rollout  # noqa: F401
 
-    def start(self, addresses: list[str]) -> None:
-        """Connect to the shards at these addresses and begin to step."""
+    def start(self, addresses: list[str]) -> dict[str, Any]:
+        """Connect to the shards at these addresses and begin to step. Returns what `_process` does."""
         chosen = [addresses[i] for i in parts.shards_of_actor(self._config, self._index)]
         self._writers = [FlightWriter(address, self._schema) for address in chosen]
         self._rollout = parts.make_rollout(
@@ -117,6 +127,7 @@ class ActorWorker:
         self._first_step_at: float | None = None
         self._fetching = _Thread(self._fetch, name=f"policy-{self._index}")
         self._stepping = _Thread(self._step, name=f"rollout-{self._index}")
+        return _process()
 
     def _step(self) -> None:
         while not self._stopping.is_set():
@@ -166,8 +177,8 @@ class LearnerWorker:
         set_threads(config.learners.cpus, config.learners.threads)
         self._algorithm = parts.make_algorithm(config, self._schema, incarnation=incarnation)
 
-    def start(self, addresses: list[str], checkpoint: str | None, version: int) -> int:
-        """Begin to update, from a checkpoint's learner file where one is given. Returns the updates made before."""
+    def start(self, addresses: list[str], checkpoint: str | None, version: int) -> dict[str, Any]:
+        """Begin to update, from a checkpoint's learner file where one is given. Returns what `_process` does."""
         from learners.loop import LearnerLoop
 
         config = self._config
@@ -190,7 +201,7 @@ class LearnerWorker:
             version=version,
         )
         self._updating = _Thread(self._update, name="learner")
-        return self._algorithm.updates
+        return _process()
 
     def _update(self) -> None:
         from learners.loop import set_threads

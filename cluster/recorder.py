@@ -49,11 +49,12 @@ class Recorder:
                 self.event("warning", f"metrics are held back: {error}")
         self._show(row, None)
 
-    def event(self, kind: str, text: str) -> None:
-        """Keep and show one line about something that happened."""
+    def event(self, kind: str, text: str, *, shown: bool = True) -> None:
+        """Keep, and show, one line about something that happened."""
         with suppress(OSError):  # where the disk is full the line is shown all the same
             self._folder.event(kind, text, time_s=self._head.counts.time_s)
-        self._show(None, text)
+        if shown:
+            self._show(None, text)
 
     def checkpoint(
         self,
@@ -85,11 +86,8 @@ class Recorder:
         except DiskFullError as error:
             self.event("warning", f"no checkpoint was written: {error}")
         else:
-            self._folder.event(
-                "checkpoint",
-                f"step {head.counts.env_steps} in {time.monotonic() - began:.1f} s",
-                time_s=head.counts.time_s,
-            )
+            text = f"checkpoint at step {head.counts.env_steps} in {time.monotonic() - began:.1f} s"
+            self.event("checkpoint", text, shown=False)
         head.checkpointed(time.monotonic())
 
     def finish(self, summary: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ class SyncRun:
         self._limiter = RateLimiter(
             samples_per_insert=config.samples_per_insert,
             min_size=config.replay.min_size,
-            error_buffer=config.replay.error_buffer * config.samples_per_insert,
+            error_buffer=config.error_buffer * config.samples_per_insert,
         )
         self._shards = [
             _make_shard(

@@ -95,10 +95,10 @@ class ReplaySettings(Settings):
         le=1_048_576,
     )
     min_size: int = setting(5_000, "Steps stored before the first sample is drawn.", unit="steps", ge=1, le=10**11)
-    error_buffer: int = setting(
-        256,
+    error_buffer: int | None = setting(
+        None,
         "Steps by which inserting may run ahead of sampling, or sampling ahead of inserting, beyond the "
-        "update-to-data ratio.",
+        "update-to-data ratio. None takes twice what the other settings need, and at least 100.",
         unit="steps",
         ge=1,
         le=10**9,
@@ -129,7 +129,13 @@ class LearnersSettings(Settings):
         0, "Torch threads of the learner; 0 takes as many as Ray gave it CPUs.", unit="threads", ge=0, le=1024
     )
     cpus: float = setting(1.0, "CPUs that Ray sets aside for the learner.", unit="CPUs", ge=0.0, le=1024.0)
-    gpus: float = setting(0.0, "GPUs that Ray sets aside for the learner.", unit="GPUs", ge=0.0, le=64.0)
+    gpus: float | None = setting(
+        None,
+        "GPUs that Ray sets aside for the learner; None takes one where the cluster has one and device is not cpu.",
+        unit="GPUs",
+        ge=0.0,
+        le=64.0,
+    )
     compile: bool = setting(
         False, "Compile the update with torch.compile; without a compiler it runs eagerly and says so.", unit="switch"
     )
@@ -278,6 +284,24 @@ class RunConfig(Settings):
         """Windows drawn per inserted step: the update-to-data ratio times the batch size."""
         return self.learners.updates_per_step * self.learners.batch_size
 
+    @property
+    def error_buffer(self) -> int:
+        """Steps of `replay.error_buffer`, where it is not set those that the other settings ask for."""
+        chosen = self.replay.error_buffer
+        return max(100, 2 * self._least_error_buffer()) if chosen is None else chosen
+
+    def _least_error_buffer(self) -> int:
+        """Each side must fit its requests into the room that the other side's limit leaves, or both wait for ever.
+
+        At once may be under way: one write of each actor, `prefetch` batches and the one in use, and what every shard but
+        the first has leased from the limiter: a write and a batch.
+        """
+        leases = self.replay.shards - 1
+        write = max(self.actors.rows_per_write, self.actors.batch_size or self.actors.envs)
+        inserts = write * (self.actors.count + leases)
+        samples = self.learners.batch_size * (1 + self.replay.prefetch + leases)
+        return math.ceil((inserts + samples / self.samples_per_insert) / 2)
+
     @model_validator(mode="after")
     def _combinations(self) -> RunConfig:
         conflicts = list(self._conflicts())
@@ -314,16 +338,14 @@ class RunConfig(Settings):
                 f"replay.segment_steps ({replay.segment_steps})"
             )
 
-        # Each side must fit one whole request into the room that the other side's limit leaves, or both wait for ever.
-        inserts = max(actors.rows_per_write, actors.batch_size or actors.envs) * actors.count
-        samples = learners.batch_size * (1 + replay.prefetch)
-        least = math.ceil((inserts + samples / self.samples_per_insert) / 2)
-        if replay.error_buffer < least:
+        if self.error_buffer < (least := self._least_error_buffer()):
             yield (
                 f"replay.error_buffer ({replay.error_buffer}) is too small: at least {least} is needed for one write of "
                 f"each actor (actors.count × the larger of actors.rows_per_write and actors.envs) and replay.prefetch "
                 f"batches at once"
             )
+        if self.mode == "cluster" and learners.device.startswith("cuda") and learners.gpus == 0:
+            yield "learners.device names a GPU and learners.gpus is 0: Ray would hide every GPU; leave learners.gpus unset"
 
         if stop.mean_return is not None and self.eval.every == 0:
             yield "stop.mean_return is measured by evaluations, and eval.every is 0; set eval.every"

@@ -413,7 +413,11 @@ def _slice(batch: WindowBatch, begin: int, end: int) -> WindowBatch:
 
 def concatenate(parts: Sequence[WindowBatch]) -> WindowBatch:
     """One batch of several, in order."""
-    return WindowBatch(**{name: np.concatenate([vars(p)[name] for p in parts]) for name in vars(parts[0])})
+    columns = {name: np.concatenate([vars(p)[name] for p in parts]) for name in vars(parts[0]) if name != "steps"}
+    dtype = parts[0].steps.dtype
+    # numpy copies a structured row field by field, and a void row by memcpy.
+    raw = np.dtype((np.void, dtype.itemsize))
+    return WindowBatch(steps=np.concatenate([p.steps.view(raw) for p in parts]).view(dtype), **columns)
 
 
 class Sampler:

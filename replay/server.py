@@ -96,6 +96,8 @@ class ShardSpec:
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
     limiter_address: str | None = None  # Flight address of shard 0; None on shard 0 itself
+    insert_block: int = 64  # credits that another shard than 0 leases from the limiter at once
+    sample_block: int = 256
     lease_s: float = LEASE_S  # how long a writer may be away
 
 
@@ -146,7 +148,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
                 body = {"side": side, "count": count, "block": block, "deleted": deleted, "timeout_s": timeout_s}
                 return int(_action(leader, "lease", body)["granted"])
 
-            limiter = LeasedLimiter(lease, insert_block=64, sample_block=1024)
+            limiter = LeasedLimiter(lease, insert_block=spec.insert_block, sample_block=spec.sample_block)
         self.shard = Shard(
             schema,
             limiter,

@@ -282,7 +282,7 @@ class Shard:
                         continue
                     start = segment * self._storage.segment_steps
                     following = self._storage.next_sequence(segment)
-                    rows = self._storage.rows[start : start + count].copy()
+                    rows = self._storage.gather(np.arange(start, start + count))
                 yield sequence, following, rows
 
         return counters, segments()
