@@ -94,7 +94,9 @@ def _train(words: Sequence[str]) -> int:
 
     console = Console(stderr=as_json)
     for left in leftovers(config.replay.directory):
-        console.print(f"left by a dead run: {left.path} ({left.size / 2**20:.0f} MiB); `millrace clean` removes it")
+        console.print(
+            f"left by a dead run: {left.path} ({left.size / 2**20:.0f} MiB); `millrace clean` lists it", soft_wrap=True
+        )
     with Live(config, console=console) as live:
 
         def show(row: dict[str, float] | None, line: str | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from configs.schema import RunConfig
 
 STALL_S = 30.0
+SILENT_S = 5.0  # a process that answers later than this is named as one that does not
 Stats = Mapping[str, Any]
 
 
@@ -77,6 +78,7 @@ class Tick:
     lengths: Sequence[int] = ()
     evaluating: bool = False  # an evaluation runs beside training
     paused_s: float = 0.0  # training stood still for evaluations since the last tick
+    ending: bool = False  # processes are being stopped
 
 
 class Head:
@@ -179,7 +181,7 @@ class Head:
         }
         if previous is not None and tick.time > previous.time:
             seconds = tick.time - previous.time - tick.paused_s
-            if not (tick.evaluating or previous.evaluating) and self.first_step_at is not None:
+            if not (tick.evaluating or previous.evaluating or tick.ending) and self.first_step_at is not None:
                 counts.trained_s += seconds
                 counts.trained_steps += counts.env_steps - steps_before
                 row["steps_per_s"] = (counts.env_steps - steps_before) / seconds
@@ -195,7 +197,7 @@ class Head:
             row["return_mean_100"] = math.fsum(self._returns) / len(self._returns)
             row["length_mean_100"] = math.fsum(self._lengths) / len(self._lengths)
         versions = [float(s["version"]) for s in tick.actors.values() if s.get("version")]
-        if versions:
+        if versions and not tick.ending:
             row["policy_lag"] = counts.version - math.fsum(versions) / len(versions)
         row |= tick.learner_metrics
         row |= self._seconds
@@ -219,7 +221,10 @@ class Head:
         if tick is None or self._moved_at is None or self._stall_told or tick.time - self._moved_at < STALL_S:
             return None
         self._stall_told = True
-        waits = [f"{n} waits for {s['waiting_for']}" for n, s in tick.actors.items() if s.get("waiting_for")]
+        processes = {**tick.actors, **tick.shards, "learner": tick.learner}
+        silent = {n: s["silent_s"] for n, s in processes.items() if s.get("silent_s", 0.0) > SILENT_S}
+        waits = [f"{n} has not answered for {seconds:.0f} s" for n, seconds in silent.items()]
+        waits += [f"{n} waits for {s['waiting_for']}" for n, s in tick.actors.items() if s.get("waiting_for")]
         waits += [f"{n}: {text}" for n, s in tick.shards.items() for text in s.get("waiting", ())]
         if tick.learner.get("waiting_for"):
             waits.append(f"learner waits for {tick.learner['waiting_for']}")
@@ -266,13 +271,24 @@ class Head:
     def stop_reason(self) -> str | None:
         """Why training ends now; None while it goes on."""
         stop, counts = self.config.stop, self.counts
-        if stop.mean_return is not None and self.last_evaluation and self.last_evaluation.mean >= stop.mean_return:
+        if self.last_evaluation is not None and self._solved:
             return f"solved: mean return {self.last_evaluation.mean:.1f} ≥ {stop.mean_return:g}"
         if stop.steps is not None and counts.env_steps >= stop.steps:
             return f"{counts.env_steps} of {stop.steps} environment steps done"
         if stop.wall_s is not None and counts.time_s >= stop.wall_s:
             return f"{counts.time_s:.0f} of {stop.wall_s:g} s are over"
         return None
+
+    @property
+    def _solved(self) -> bool:
+        goal, last = self.config.stop.mean_return, self.last_evaluation
+        return goal is not None and last is not None and last.mean >= goal
+
+    @property
+    def final_evaluation_due(self) -> bool:
+        """Whether a run that has reached its end is to be evaluated once more, with its last weights."""
+        ended = self.config.eval.every > 0 and self.stop_reason() is not None and self.counts.version > 0
+        return ended and not self._solved and self.evaluation_now is None
 
     @property
     def next_due(self) -> float:

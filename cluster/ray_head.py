@@ -25,7 +25,7 @@ from cluster.recorder import HEAD, LEARNER, Recorder, shard_file
 from cluster.runs import RunFolder
 from replay.schema import StepSchema
 
-ANSWER_S = 10.0  # a process that takes longer to answer is told of, and its last status used
+ANSWER_S = 1.0  # where a process takes longer to answer, the head goes on with its last status
 START_S = 120.0  # the longest that processes may take to start
 MOST_RESTARTS, WITHIN_S = 5, 60.0  # a process that fails more often than this ends the run
 
@@ -45,6 +45,7 @@ class _Child:
     starting: Any = None  # answer of its `start`, until that is in
     status: dict[str, Any] = field(default_factory=dict)
     asked: Any = None  # answer of its `status` that has not come yet
+    asked_at: float = 0.0  # monotonic
     failures: deque[float] = field(default_factory=deque)
 
 
@@ -163,7 +164,7 @@ class HeadWorker:
         if self._evaluation is not None:
             ray.wait([self._evaluation[0]], timeout=START_S)
             self._follow_evaluation()
-        if self._config.eval.every and head.stop_reason() and head.evaluation_now is None and self._weights[0]:
+        if head.final_evaluation_due:
             self._begin_evaluation()
             assert self._evaluation is not None
             ray.wait([self._evaluation[0]], timeout=START_S)
@@ -371,7 +372,7 @@ class HeadWorker:
         for child in watched:
             if child.asked is None and child.starting is None:
                 after = (self._next_episode[child.name],) if child.name.startswith("actor") else ()
-                child.asked = child.worker.status.remote(*after)
+                child.asked, child.asked_at = child.worker.status.remote(*after), time.monotonic()
         pending = {c.asked or c.starting: c for c in watched}
         asked = [c.asked for c in watched if c.asked is not None]
         if asked:
@@ -398,10 +399,12 @@ class HeadWorker:
                 if value["error_type"] == "FloatingPointError":
                     raise RunError(f"{child.name}: {failure}")
                 self._restart(child, f"failed: {failure}")
+        for child in watched:
+            child.status["silent_s"] = 0.0 if child.asked is None else time.monotonic() - child.asked_at
 
     def _tick(self) -> None:
         def statuses(kind: str) -> dict[str, dict[str, Any]]:
-            return {n: c.status for n, c in self._children.items() if n.startswith(kind) and c.status}
+            return {n: c.status for n, c in self._children.items() if n.startswith(kind) and len(c.status) > 1}
 
         actors = statuses("actor")
         returns: list[float] = []
@@ -416,7 +419,7 @@ class HeadWorker:
                 self._first_step_told = True
                 seconds = status["first_step_at"] - self._wall_started
                 self._recorder.event("start", f"first environment step {seconds:.1f} s after the command")
-        learner = self._children["learner"].status
+        learner = statuses("learner").get("learner", {})
         tick = Tick(
             time=time.monotonic(),
             actors=actors,
@@ -425,7 +428,8 @@ class HeadWorker:
             learner_metrics=learner.get("metrics", {}),
             returns=returns,
             lengths=lengths,
-            evaluating=self._evaluation is not None or self._finishing,
+            evaluating=self._evaluation is not None,
+            ending=self._finishing,
         )
         self._recorder.row(self._head.tick(tick))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -19,7 +21,7 @@ from configs.schema import RunConfig
 POLL_S = 0.5
 
 
-class ClusterError(Exception):
+class ClusterError(RuntimeError):
     """Ray cannot be reached, or cannot hold the run."""
 
 
@@ -53,32 +55,67 @@ def run_on_ray(
     """
     config = folder.config
     schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
-    attached = _init(config, namespace(folder.path.name), show)
+    counts = ((config.replay.shards, "shard"), (config.actors.count, "actor"), (1, "learner"))
+    show(None, "starting " + ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts) + " under Ray")
     try:
-        head = HeadWorker.options(  # type: ignore[attr-defined]
+        with _sigterm_kept():
+            _init(config, namespace(folder.path.name), show)
+        options = HeadWorker.options(  # type: ignore[attr-defined]
             name="head",
             namespace=namespace(folder.path.name),
             lifetime="detached",
             num_cpus=0,
             max_restarts=0,
             max_concurrency=64,
-        ).remote(
-            str(folder.path.resolve()),
-            schema.to_json(),
-            wall_started,
-            None if resume is None else str(resume.path.resolve()),
         )
+        try:
+            head = options.remote(
+                str(folder.path.resolve()),
+                schema.to_json(),
+                wall_started,
+                None if resume is None else str(resume.path.resolve()),
+            )
+        except ValueError as error:  # the name is taken
+            raise ClusterError(
+                f"a run named {folder.path.name} is still on this cluster; wait until it has ended, or choose another --name"
+            ) from error
         try:
             return _follow(head, show, stopping)
         finally:
-            if attached:
-                ray.kill(head)
+            _remove_processes()
     finally:
         ray.shutdown()
 
 
-def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> bool:
-    """Start a private Ray or attach to a cluster. Returns whether it is attached."""
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Within it `ray.init` puts in a SIGTERM handler that exits at once; afterwards ours is back, which asks for a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        raise ClusterError("stopped by a signal while Ray was starting: nothing has been trained") from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _remove_processes() -> None:
+    """End what is left of the run: the head, and all it has started where it could not end them itself."""
+    # The head first: it would start the others again.
+    for name in sorted(ray.util.list_named_actors(), key=lambda name: name != "head"):
+        with suppress(ValueError):  # gone by itself meanwhile
+            worker = ray.get_actor(name)
+            if name.startswith("shard"):
+                with suppress(ray.exceptions.RayError):
+                    ray.get(worker.close.remote(), timeout=5.0)  # its storage would stay in memory
+            ray.kill(worker)
+
+
+def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> None:
+    """Start a private Ray or attach to a cluster."""
     address = config.address or os.environ.get("RAY_ADDRESS")
     common = {"namespace": name, "log_to_driver": False, "logging_level": "error"}
     if address:
@@ -111,7 +148,6 @@ def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> bo
     url = ray.get_runtime_context().gcs_address and ray._private.worker.get_dashboard_url()
     if url:
         show(None, f"Ray dashboard: http://{url}")
-    return bool(address)
 
 
 def _follow(

@@ -124,7 +124,7 @@ class SyncRun:
         try:
             self._loop.publish()
             reason = self._train(stopping)
-            if self._config.eval.every and self._head.stop_reason() and self._head.evaluation_now is None:
+            if self._head.final_evaluation_due:
                 self._evaluate()
                 self._tick()
             for rollout, _ in self._actors:

@@ -317,6 +317,8 @@ class StreamSource:
             lost_since = lost_since or time.monotonic()
             refused = isinstance(error, SchemaError | flight.FlightServerError)
             self.mass = 0  # meanwhile the table is its other shards
+            if self._opened is not None:
+                self._opened.close()
             if refused or time.monotonic() - lost_since > RETRY_S:
                 self._received.put(error)
                 return
@@ -393,18 +395,23 @@ class _Stream:
         descriptor = flight.FlightDescriptor.for_command(json.dumps({"acknowledge": name}).encode())
         self._put, _ = client.do_put(descriptor, pa.schema([]))
         self._client = client
+        self._open = True
+        self._lock = threading.Lock()
         self.used = 0
 
     def acknowledge(self) -> None:
-        count, self.used = self.used, 0
-        with suppress(*_LOST):  # the reading thread finds the lost shard and opens a new stream
-            self._put.write_metadata(SEQUENCE.pack(count))
+        with self._lock, suppress(*_LOST):  # the reading thread finds the lost shard and opens a new stream
+            count, self.used = self.used, 0
+            if self._open:
+                self._put.write_metadata(SEQUENCE.pack(count))
 
     def close(self) -> None:
         """Acknowledge what was used, and wait until the shard knows."""
         self.acknowledge()
-        with suppress(*_LOST):
-            self._put.close()
+        with self._lock, suppress(*_LOST):
+            if self._open:
+                self._open = False
+                self._put.close()
 
 
 def _slice(batch: WindowBatch, begin: int, end: int) -> WindowBatch:

@@ -46,7 +46,7 @@ class StorageFile:
             free = os.statvfs(directory)
             os.unlink(self.path)
             os.close(self._fd)
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EFBIG):
                 raise
             raise OSError(
                 errno.ENOSPC,

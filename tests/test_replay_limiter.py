@@ -113,7 +113,7 @@ def drive(limiters: list[Limiter], *, items: int) -> tuple[int, int]:
 @pytest.mark.parametrize("samples_per_insert", [0.25, 1.0, 8.0])
 def test_the_bounds_hold_under_threads(samples_per_insert: float) -> None:
     limiter = Watched(samples_per_insert=samples_per_insert, min_size=100, error_buffer=20 * (1 + samples_per_insert))
-    inserted, sampled = drive([limiter] * 3, items=4000)
+    inserted, sampled = drive([limiter] * 3, items=20_000)
     assert (limiter.inserted, limiter.sampled) == (inserted, sampled)
 
 
@@ -128,7 +128,7 @@ def test_the_ratio_holds_over_shards_up_to_their_leases(shards: int, error_buffe
 
     blocks = {"insert": 64, "sample": 256}
     others = [LeasedLimiter(lease, insert_block=64, sample_block=256) for _ in range(shards - 1)]
-    inserted, sampled = drive([leader, *others], items=4000)
+    inserted, sampled = drive([leader, *others], items=20_000)
     # What was leased and not used is the only difference between the leader's counts and what happened.
     assert 0 <= leader.inserted - inserted <= len(others) * blocks["insert"]
     assert 0 <= leader.sampled - sampled <= len(others) * blocks["sample"]
