@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import threading
@@ -84,7 +85,7 @@ def train(
         (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         folder = RunFolder.open(path)
         folder.resumed(command)
-    with _stop_signals() as stopping:
+    with _stop_signals() as stopping, _removed_unless_begun(folder.path):
         if show is not None:
             return Run(folder.path, _run(folder, started, checkpoint, show, stopping))
         with Live(folder.config) as live:
@@ -117,6 +118,17 @@ def check_algorithm(config: RunConfig, schema: Any) -> None:
         raise ValueError(
             f"env.id: {config.env.id} has discrete actions, and algorithm.name {config.algorithm.name} needs continuous ones"
         )
+
+
+@contextmanager
+def _removed_unless_begun(path: Path) -> Iterator[None]:
+    """A run that could not even start leaves no folder: its name is free for the next try."""
+    try:
+        yield
+    except BaseException:
+        if {file.name for file in path.iterdir()} == {"config.yaml", "run.json"}:
+            shutil.rmtree(path)
+        raise
 
 
 @contextmanager

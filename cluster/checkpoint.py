@@ -41,7 +41,7 @@ _WRITING, _REPLACED = ".writing-", ".replaced-"
 _ADVICE = "free some space, lower checkpoints.keep or set checkpoints.replay to false; the older checkpoints are kept"
 
 
-class CheckpointError(Exception):
+class CheckpointError(RuntimeError):
     """A checkpoint is damaged or incomplete; the message names the file and what is wrong with it."""
 
 

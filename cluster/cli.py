@@ -194,6 +194,9 @@ def _report(words: Sequence[str]) -> int:
 
 def _bench(words: Sequence[str]) -> int:
     names = ["actors", "train"]
+    if {"-h", "--help"} & set(words):
+        print("millrace bench actors|train [CONFIG] [--SETTING VALUE …] [--seconds S] [--json]")
+        return 0
     if not words or words[0] not in names:
         close = nearest(words[0], names) if words else None
         raise UsageError(f"bench takes one of {', '.join(names)}" + (f"; did you mean {close}?" if close else ""))

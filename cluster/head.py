@@ -153,7 +153,7 @@ class Head:
 
     def _add_seconds(self, kind: str, process: str, stats: Stats, prefix: str) -> None:
         for key in stats:
-            if key.startswith(prefix) and key.endswith("_s"):
+            if key.startswith(prefix) and key.endswith("_s") and key != "silent_s":
                 name = f"time/{kind}/{key.removeprefix(prefix)}"
                 self._seconds[name] = self._seconds.get(name, 0.0) + self._delta(process, stats, key)
 

@@ -121,8 +121,17 @@ def make_rollout(
 
 
 def save_learner(path: Path, algorithm: Sac, *, version: int) -> None:
-    """Write everything the learner needs to go on: parameters, optimiser, noise, counts."""
+    """Write everything the learner needs to go on: parameters, optimiser, noise, counts.
+
+    Raises:
+        FloatingPointError: a loss or a parameter is not finite; nothing is written.
+    """
+    algorithm.check_finite()
     state = {name: tensor.numpy() for name, tensor in algorithm.state().items()}
+    # The update before the one whose loss tells may have spoilt them.
+    broken = [name for name, array in state.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
+    if broken:
+        raise FloatingPointError(f"not finite after update {algorithm.updates}: {', '.join(broken)}")
     save_tensors(path, state, {"updates": algorithm.updates, "version": version})
 
 

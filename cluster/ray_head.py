@@ -26,7 +26,8 @@ from cluster.runs import RunFolder
 from replay.schema import StepSchema
 
 ANSWER_S = 1.0  # where a process takes longer to answer, the head goes on with its last status
-START_S = 120.0  # the longest that processes may take to start
+START_S = 120.0  # the longest that processes may take to start, or to write their part of a checkpoint
+LINGER_S = 60.0  # how long the head of an ended run waits for a driver to ask how it ended
 MOST_RESTARTS, WITHIN_S = 5, 60.0  # a process that fails more often than this ends the run
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class HeadWorker:
         self._next_episode: dict[str, int] = {}
         self._first_step_told = False
         self._finishing = False
+        self._lost: set[str] = set()  # processes that died while the run was ending
         self._shown: list[tuple[dict[str, float] | None, str | None]] = []
         self._stop_asked: str | None = None
         self._wake = threading.Event()
@@ -133,6 +135,9 @@ class HeadWorker:
             for name in list(self._children):
                 self._kill(name)
         self._outcome = outcome
+        # Where the driver has died, nobody else would end this process.
+        time.sleep(LINGER_S)
+        ray.kill(self._self)
 
     def _supervise(self) -> str:
         period = self._config.report_every_s
@@ -329,6 +334,10 @@ class HeadWorker:
 
     def _restart(self, child: _Child, why: str) -> None:
         """Put a new process in the place of a dead or failed one."""
+        if self._finishing:
+            self._lost.add(child.name)
+            self._recorder.event("warning", f"{child.name} {why} while the run was ending")
+            return
         name, now = child.name, time.monotonic()
         child.failures.append(now)
         while now - child.failures[0] > WITHIN_S:
@@ -368,7 +377,7 @@ class HeadWorker:
 
     def _collect(self) -> None:
         """Ask every process for its status, and start the dead ones again."""
-        watched = [child for name, child in self._children.items() if name != "evaluator"]
+        watched = [c for name, c in self._children.items() if name != "evaluator" and name not in self._lost]
         for child in watched:
             if child.asked is None and child.starting is None:
                 after = (self._next_episode[child.name],) if child.name.startswith("actor") else ()
@@ -378,7 +387,8 @@ class HeadWorker:
         if asked:
             ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
         done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0.0)
-        for answer in done:
+        # Shards first: the other processes need theirs to start.
+        for answer in sorted(done, key=lambda answer: not pending[answer].name.startswith("shard")):
             child = pending[answer]
             try:
                 value = ray.get(answer)
@@ -466,6 +476,8 @@ class HeadWorker:
         shards = [self._children[f"shard {index}"] for index in range(self._config.replay.shards)]
         learner = self._children["learner"]
         if learner.starting is not None or learner.status.get("error"):
+            if self._finishing:
+                self._recorder.event("warning", "no checkpoint was written at the end: the learner was not running")
             return
         try:
             self._recorder.checkpoint(
@@ -482,7 +494,7 @@ class HeadWorker:
 def _saved(answer: Any) -> Any:
     """What a process that wrote a file answers; an OSError there is one here, so that a full disk is known as one."""
     try:
-        return ray.get(answer)
+        return ray.get(answer, timeout=START_S)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, OSError):
             raise OSError(error.cause.errno, str(error.cause)) from error

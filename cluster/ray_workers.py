@@ -24,6 +24,10 @@ from replay.schema import StepSchema
 from replay.server import ShardServer, ShardSpec
 
 
+def _failure(error: BaseException) -> dict[str, str]:
+    return {"error": f"{type(error).__name__}: {error}", "error_type": type(error).__name__}
+
+
 class _Thread:
     """Runs a function in a thread and keeps the error it ended with."""
 
@@ -42,9 +46,7 @@ class _Thread:
 
     def failure(self) -> dict[str, str]:
         """{"error": …, "error_type": …} once the function has failed; else empty."""
-        if self.error is None:
-            return {}
-        return {"error": f"{type(self.error).__name__}: {self.error}", "error_type": type(self.error).__name__}
+        return {} if self.error is None else _failure(self.error)
 
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
@@ -107,7 +109,7 @@ class ActorWorker:
         self._random_steps = random_steps
         self._incarnation = incarnation
         self._stopping = threading.Event()
-        self._fresh: tuple[int, bytes] | None = None  # weights that the rollout has not taken yet
+        self._fresh: tuple[int, bytes] | None = None  # newest version and weights
         # Imported while the shards start.
         import actors.envs
         import actors.rollout  # noqa: F401
@@ -131,8 +133,8 @@ class ActorWorker:
 
     def _step(self) -> None:
         while not self._stopping.is_set():
-            if (fresh := self._fresh) is not None:
-                self._fresh = None
+            fresh = self._fresh
+            if fresh is not None and fresh[0] != self._rollout.version:
                 self._rollout.set_policy(*fresh)
             steps = self._rollout.step()
             if steps and self._first_step_at is None:
@@ -212,9 +214,13 @@ class LearnerWorker:
 
     def status(self) -> dict[str, Any]:
         """As `cluster.parts.learner_status`, with the error that ended the updates, if one did."""
-        if failure := self._updating.failure():
-            return {**self._loop.stats(), "metrics": {}, "waiting_for": None, **failure}
-        return parts.learner_status(self._loop)
+        failure = self._updating.failure()
+        if not failure:
+            try:
+                return parts.learner_status(self._loop)
+            except FloatingPointError as error:  # found before the next publication found it
+                failure = _failure(error)
+        return {**self._loop.stats(), "metrics": {}, "waiting_for": None, **failure}
 
     def save(self, path: str) -> None:
         """Write the learner's state, taken between two updates."""

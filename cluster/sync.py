@@ -133,6 +133,9 @@ class SyncRun:
             summary = self._head.summary(stop_reason=reason)
             self._recorder.finish(summary)
             return summary
+        except FloatingPointError as error:
+            self._recorder.event("error", f"learner: {error}", shown=False)
+            raise RuntimeError(f"learner: {error}") from error
         finally:
             self._recorder.close()
             if self._evaluator is not None:

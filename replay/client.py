@@ -281,10 +281,9 @@ class StreamSource:
         self._horizon = horizon
         self._ticket = {"batch": block, "horizon": horizon, "prefetch": prefetch}
         self._received: queue.SimpleQueue[tuple[_Stream, WindowBatch] | Exception] = queue.SimpleQueue()
-        self._ready: deque[WindowBatch] = deque()  # received, not used; what is used of the first is cut off
+        self._ready: deque[WindowBatch] = deque()  # taken over from `_received`; what is used of the first is cut off
         self._ready_count = 0
         self._ack_every = max(1, prefetch // 2)
-        self._stream: _Stream | None = None  # the one that `_ready` came from
         self._opened: _Stream | None = None  # the one being read
         self._reader: Any = None
         self._closing = threading.Event()
@@ -351,12 +350,14 @@ class StreamSource:
             if isinstance(received, Exception):
                 raise received
             stream, block = received
-            if stream is not self._stream:
-                # The shard has taken back what an earlier stream sent and did not see acknowledged.
-                self._stream, self._ready_count = stream, 0
-                self._ready.clear()
+            if stream is not self._opened:
+                continue  # the shard has taken back what an earlier stream sent and did not see acknowledged
             self._ready.append(block)
             self._ready_count += len(block)
+            # Now and not once all of it is used: a batch may need more blocks than are drawn ahead.
+            stream.used += 1
+            if stream.used >= self._ack_every:
+                stream.acknowledge()
         self._ready_count -= count
         parts: list[WindowBatch] = []
         while count > 0:
@@ -364,18 +365,9 @@ class StreamSource:
             if count < len(block):
                 self._ready.appendleft(_slice(block, count, len(block)))
                 block = _slice(block, 0, count)
-            else:
-                self._used_up()
             parts.append(block)
             count -= len(block)
         return parts[0] if len(parts) == 1 else concatenate(parts)
-
-    def _used_up(self) -> None:
-        stream = self._stream
-        assert stream is not None
-        stream.used += 1
-        if stream.used >= self._ack_every:
-            stream.acknowledge()
 
     def close(self) -> None:
         self._closing.set()
@@ -389,7 +381,7 @@ class StreamSource:
 
 
 class _Stream:
-    """One DoGet stream, and how many of its messages were used and not yet acknowledged."""
+    """One DoGet stream, and how many of its messages were taken over and not yet acknowledged."""
 
     def __init__(self, client: flight.FlightClient, name: str) -> None:
         descriptor = flight.FlightDescriptor.for_command(json.dumps({"acknowledge": name}).encode())

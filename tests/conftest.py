@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import settings
+
+from tests.runs_for_tests import RayCluster
 
 # Waiting OpenMP threads spin: with more of them than idle cores, every process of a test slows to a fraction.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,3 +18,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The same examples in every run, and no time limit per example: a busy machine is no failure.
 settings.register_profile("millrace", deadline=None, derandomize=True)
 settings.load_profile("millrace")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """A Ray cluster of one node beside the tests, as somebody else would have started it."""
+    # Not pytest's own folder: Ray's sockets lie in it, and their paths must be short.
+    with TemporaryDirectory(prefix="millrace-ray-", ignore_cleanup_errors=True) as folder:
+        cluster = RayCluster(Path(folder))
+        try:
+            yield cluster
+        finally:
+            cluster.close()

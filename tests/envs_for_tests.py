@@ -123,3 +123,20 @@ def make_number() -> int:
 
 
 not_a_function = 5
+
+
+class Spoilt(Counter):
+    """A counter whose reward becomes `reward` after `good` steps."""
+
+    def __init__(self, good: int = 300, reward: float = 1e38) -> None:
+        super().__init__(truncate_at=20)
+        self._left, self._reward = good, reward
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._left -= 1
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation / 20, reward if self._left >= 0 else self._reward, terminated, truncated, info
+
+
+def make_spoilt(**kwargs: Any) -> Spoilt:
+    return Spoilt(**kwargs)

@@ -30,6 +30,7 @@ from replay.server import SEQUENCE, ShardServer, spec_json
 
 from .replay_for_tests import FREE, SCHEMA, draw_all, end, joined, make_spec, numbered, wait_until
 
+FIELDS = 35  # bytes of a row's fields; the last byte is padding
 OTHER = StepSchema({"observation": Field("observation", "float32", (5,))}, Field("action", "float32", (2,)))
 
 
@@ -109,7 +110,9 @@ def test_rows_come_back_bit_for_bit(memory: Path) -> None:
         written = {}
         for lane in range(5):
             rows = SCHEMA.zeros(200)
-            rows.view(np.uint8)[:] = rng.integers(0, 256, rows.nbytes, np.uint8)
+            for f in SCHEMA.fields:
+                values = rows[f.name]
+                values[:] = np.frombuffer(rng.bytes(values.nbytes), f.dtype).reshape(values.shape)  # NaNs too
             rows["policy_version"] = np.arange(200) + 1000 * lane
             rows["is_first"] = rows["is_last"] = rows["is_terminal"] = False
             rows["is_last"][49::50] = True
@@ -117,7 +120,7 @@ def test_rows_come_back_bit_for_bit(memory: Path) -> None:
                 buffer, lanes = rows[k : k + 40].copy(), np.full(40, lane, np.int32)
                 writer.append(lanes, buffer)
                 buffer["policy_version"], lanes[:] = -1, 77  # ours again as soon as append returns
-            written.update({int(row["policy_version"]): row.tobytes() for row in rows})
+            written.update({int(row["policy_version"]): row.tobytes()[:FIELDS] for row in rows})
         writer.flush()
         sampler = stream_sampler([shard.address], SCHEMA, batch_size=64, horizon=3, prefetch=2, seed=0)
         seen: set[int] = set()
@@ -128,7 +131,7 @@ def test_rows_come_back_bit_for_bit(memory: Path) -> None:
                 start = int(window[0]["policy_version"])
                 seen.add(start)
                 for k in range(length + 1):
-                    assert window[k].tobytes() == written[start + k]
+                    assert window[k].tobytes()[:FIELDS] == written[start + k]
             assert np.all(batch.probability == 1 / (5 * 196))
         assert shard.stats()["inserted"] == 5 * 196
         sampler.close()
@@ -192,8 +195,12 @@ def test_lost_connections_neither_lose_nor_double_a_step(memory: Path) -> None:
         writer = FlightWriter(link.address, SCHEMA, in_flight=8, retry_s=10.0)
         for k in range(60):
             # Replies are lost before some of the cuts: what was applied is then sent again.
-            link.drop_replies = k % 20 >= 17
-            writer.append(np.zeros(10, np.int32), numbered(10, 10 * k))
+            if k % 20 == 17:
+                writer.flush()
+                link.drop_replies = True
+            lanes, rows = np.zeros(10, np.int32), numbered(10, 10 * k)
+            writer.append(lanes, rows)
+            lanes[:], rows["policy_version"] = 77, -1  # ours again: what is sent again is the writer's own copy
             if k % 20 == 19:
                 wait_until(lambda k=k: server.shard.items >= 10 * k - 71)  # type: ignore[misc]
                 link.drop_replies = False
@@ -332,7 +339,7 @@ def test_a_take_that_times_out_loses_no_window(memory: Path) -> None:
         writer.flush()
         source = StreamSource(server.address, SCHEMA, index=0, block=4, horizon=1, prefetch=3)
         for _ in range(5):
-            assert source.take(40, 0.05) is None  # 12 windows are drawn ahead, no more
+            assert source.take(40, 0.05) is None
         for _ in range(7):
             part = source.take(4, 5.0)
             assert part is not None
@@ -380,9 +387,9 @@ def test_two_shards_are_drawn_in_proportion_and_share_one_limiter(memory: Path) 
             pass
         # 1200 inserted, 1000 of them the minimum: 200 + 500 samples are allowed, and a lease may lie unused.
         limiter = first.stats()["limiter"]
-        assert limiter["sampled"] <= 700
         assert 1200 <= limiter["inserted"] <= 1200 + 64
-        assert 300 <= drawn <= 700
+        assert limiter["sampled"] <= limiter["inserted"] - 1000 + 500
+        assert 300 <= drawn <= limiter["sampled"]
         assert abs(of_second - drawn / 4) < 4 * np.sqrt(drawn * 3 / 16)
         sampler.close()
         for writer in writers:

@@ -93,9 +93,9 @@ def test_every_window_equals_the_reference(
             cut = storage.close_lane(number)
             assert cut == (not lane.rows[-1]["is_last"])
             if cut:
-                last = lane.rows[-1]
-                last["is_last"], last["is_terminal"], last["reward"] = True, False, 0.0
-                last["action"] = 0.0
+                newest = lane.rows[-1]
+                newest["is_last"], newest["is_terminal"], newest["reward"] = True, False, 0.0
+                newest["action"] = 0.0
         else:
             numbers, batch = [], []
             for lane_number, count, last, terminal in pieces:
@@ -215,7 +215,7 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
     """Pearson's statistic, in standard deviations above its mean (it is near normal for so many cells)."""
     freedom = len(counts) - 1
     statistic = float((((counts - expected) ** 2) / expected).sum())
-    return (statistic - freedom) / np.sqrt(2 * freedom)
+    return float((statistic - freedom) / np.sqrt(2 * freedom))
 
 
 def fill(shard: Shard, lanes: int, count: int) -> None:

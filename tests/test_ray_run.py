@@ -1,0 +1,221 @@
+"""Runs under a real Ray: attached to a cluster and private, with processes killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.checkpoint import Checkpoints, load_tensors
+from cluster.metrics import read_metrics
+from tests import runs_for_tests as runs
+from tests.runs_for_tests import RayCluster
+
+Started = Callable[..., subprocess.Popen[str]]
+TWO_OF_EACH = [
+    "--actors.count",
+    "2",
+    "--actors.envs",
+    "4",
+    "--replay.shards",
+    "2",
+    "--learners.updates_per_step",
+    "0.1",
+]
+GENTLE = ["--actors.cpus", "0.5", "--actors.threads", "1"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Started]:
+    """Start `millrace train` on Pendulum in `tmp_path`; what is left of it at the end of the test is killed."""
+    started = []
+    (tmp_path / "storage").mkdir()
+
+    def run(*words: str, cluster: RayCluster | None = None) -> subprocess.Popen[str]:
+        words = ("train", *words, "--replay.directory", str(tmp_path / "storage"))
+        if cluster is not None:
+            words = (*words, "--address", cluster.address)
+        process = runs.start(*words, cwd=tmp_path, log=tmp_path / "log", env={} if cluster is None else cluster.env)
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        for left in runs.session(process.pid):
+            left.kill()
+        process.wait()
+
+
+def ended(process: subprocess.Popen[str], tmp_path: Path) -> str:
+    """What a run that ended well has printed; it left no storage."""
+    code = process.wait(timeout=90)
+    log = (tmp_path / "log").read_text()
+    assert code == 0, log
+    assert "Traceback" not in log
+    assert not list((tmp_path / "storage").iterdir())
+    return log
+
+
+def wait_until_gone(left: Callable[[], list[object]]) -> None:
+    deadline = time.monotonic() + 10.0
+    while found := left():
+        assert time.monotonic() < deadline, f"still there: {found}"
+        time.sleep(0.1)
+
+
+def test_a_run_survives_the_death_of_an_actor_and_of_the_learner(
+    ray_cluster: RayCluster, start: Started, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "a"
+    process = start(
+        "pendulum_sac", *runs.SMALL, *TWO_OF_EACH, *GENTLE, "--name", "a", "--stop.steps", "6000",
+        "--checkpoints.every_s", "2", "--report_every_s", "0.5", cluster=ray_cluster,
+    )  # fmt: skip
+    runs.wait_for(lambda: "learner" in runs.pids(run) and runs.pids(run).keys() >= {"actor 0", "actor 1"}, process)
+    first = runs.pids(run)
+    os.kill(first["actor 1"], signal.SIGKILL)
+    runs.wait_for(lambda: runs.pids(run)["actor 1"] != first["actor 1"], process)
+    checkpoint = runs.wait_for(lambda: Checkpoints(run / "checkpoints").all(), process)[-1]
+    os.kill(first["learner"], signal.SIGKILL)
+    runs.wait_for(lambda: runs.pids(run)["learner"] != first["learner"], process)
+    ended(process, tmp_path)
+
+    summary = runs.summary(run)
+    assert summary["stop_reason"].endswith("of 6000 environment steps done")
+    assert summary["restarts"] == 2
+    told = [event["text"] for event in runs.events(run, "restart")]
+    assert told[0] == "actor 1 died; a new one takes its place"
+    lost = re.fullmatch(r"learner died; a new one goes on from update (\d+), (\d+) updates are lost", told[1])
+    assert lost is not None
+    assert int(lost[1]) >= checkpoint.updates > 0
+    assert int(lost[2]) == summary["updates_lost"]
+
+    rows = read_metrics(run).to_pylist()
+    for name in ("env_steps", "episodes", "policy_version", "time_s"):
+        values = [row[name] for row in rows]
+        assert values == sorted(values), name
+    last = runs.newest_checkpoint(run)
+    items, _ = runs.recount(last)
+    assert items == summary["steps"] == runs.head_counts(last)["env_steps"]
+    assert summary["updates"] == load_tensors(last / "learner.safetensors")[1]["updates"]
+    wait_until_gone(lambda: list(ray_cluster.workers()))
+
+
+def test_sigterm_checkpoints_and_the_run_is_resumed_with_its_counts(
+    ray_cluster: RayCluster, start: Started, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "a"
+    process = start(
+        "pendulum_sac", *runs.SMALL, *TWO_OF_EACH, *GENTLE, "--name", "a", "--stop.steps", "1e9", cluster=ray_cluster
+    )
+    runs.wait_for(lambda: "learner" in runs.pids(run), process)
+    time.sleep(1.5)  # in the middle
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by a signal" in ended(process, tmp_path)
+    first, before = runs.summary(run), runs.newest_checkpoint(run)
+    assert runs.recount(before)[0] == first["steps"] == runs.head_counts(before)["env_steps"] > 0
+    assert (run / "report.html").is_file()
+    rows_before = read_metrics(run).num_rows
+
+    steps = first["steps"] + 1000
+    process = start("--resume", str(run), "--stop.steps", str(steps), cluster=ray_cluster)
+    ended(process, tmp_path)
+    second, after = runs.summary(run), runs.newest_checkpoint(run)
+    assert second["steps"] >= steps
+    assert runs.recount(after)[0] == second["steps"]
+    assert second["updates"] == load_tensors(after / "learner.safetensors")[1]["updates"] >= first["updates"]
+    rows = read_metrics(run).to_pylist()
+    for name in ("env_steps", "updates", "episodes", "policy_version", "time_s"):
+        values = [row[name] for row in rows]
+        assert values == sorted(values), name
+    assert rows[rows_before]["replay_size"] >= first["steps"]
+    wait_until_gone(lambda: list(ray_cluster.workers()))
+
+
+def test_a_private_ray_joins_no_cluster_of_the_host_and_ctrl_c_leaves_nothing_but_a_checkpoint(
+    ray_cluster: RayCluster, start: Started, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "a"
+    process = start(
+        "pendulum_sac", *runs.SMALL, *GENTLE, "--name", "a", "--stop.steps", "1e9", "--learners.updates_per_step", "0.1"
+    )
+    runs.wait_for(lambda: runs.events(run, "start") and "learner" in runs.pids(run), process)
+    log = (tmp_path / "log").read_text()
+    assert re.search(r"Ray dashboard: http://[\d.]+:\d+\n", log)
+    assert ray_cluster.workers() == []
+    assert {os.getsid(pid) for pid in runs.pids(run).values()} == {process.pid}
+    # As a terminal does: to every process of the foreground group.
+    os.killpg(process.pid, signal.SIGINT)
+    assert "stopped by a signal" in ended(process, tmp_path)
+    checkpoint = Checkpoints(run / "checkpoints").latest()
+    assert checkpoint is not None
+    assert checkpoint.env_steps == runs.summary(run)["steps"] == runs.recount(checkpoint.path)[0]
+    wait_until_gone(lambda: [p.pid for p in runs.session(process.pid)])
+
+
+def test_a_shard_that_died_comes_back_from_the_last_checkpoint(
+    ray_cluster: RayCluster, start: Started, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "a"
+    process = start(
+        "pendulum_sac", *runs.SMALL, *TWO_OF_EACH, *GENTLE, "--name", "a", "--stop.steps", "5000",
+        "--checkpoints.every_s", "1", cluster=ray_cluster,
+    )  # fmt: skip
+    runs.wait_for(lambda: [c for c in Checkpoints(run / "checkpoints").all() if c.env_steps > 500], process)
+    for number in (0, 1):  # shard 0 holds the limiter as well
+        name = f"shard {number}"
+        dead = runs.pids(run)[name]
+        os.kill(dead, signal.SIGKILL)
+        runs.wait_for(lambda name=name, dead=dead: runs.pids(run)[name] != dead, process)  # type: ignore[misc]
+    process.wait(timeout=90)
+    log = (tmp_path / "log").read_text()
+    assert process.returncode == 0, log
+    told = [event["text"] for event in runs.events(run, "restart")]
+    assert len(told) == 2
+    for number, text in enumerate(told):
+        kept = re.fullmatch(
+            rf"shard {number} died; a new one serves (\d+) of its (\d+) steps, from the last checkpoint", text
+        )
+        assert kept is not None, text
+        assert 0 < int(kept[1]) <= int(kept[2])
+    assert runs.summary(run)["steps"] >= 5000
+    wait_until_gone(lambda: list(ray_cluster.workers()))
+
+
+def test_no_cluster_and_too_small_a_cluster_are_clear_errors(
+    ray_cluster: RayCluster, start: Started, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    process = start("pendulum_sac", *runs.SMALL, "--name", "a", "--address", "127.0.0.1:9")
+    assert process.wait(timeout=60) == 1
+    assert time.monotonic() - began < 30.0
+    log = (tmp_path / "log").read_text()
+    assert "millrace: no Ray cluster answers at 127.0.0.1:9" in log
+    assert "leave out --address to start a private one" in log
+    assert "Traceback" not in log
+
+    # The same name again: the try before left nothing.
+    process = start(
+        "pendulum_sac",
+        *runs.SMALL,
+        "--name",
+        "a",
+        "--actors.count",
+        "100",
+        "--replay.capacity",
+        "1e6",
+        cluster=ray_cluster,
+    )
+    assert process.wait(timeout=60) == 1
+    log = (tmp_path / "log").read_text()
+    assert "the run asks for 51 CPUs, and it has 8" in log
+    assert "lower actors.count" in log
+    assert "Traceback" not in log
+    assert not (tmp_path / "runs" / "a").exists()
+    assert ray_cluster.workers() == []

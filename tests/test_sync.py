@@ -1,0 +1,262 @@
+"""The one-process mode: whole runs, repeated to the last digit, stopped, resumed, and met by what can go wrong."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cluster.api import Run, train
+from cluster.checkpoint import Checkpoints, load_tensors
+from cluster.cli import main
+from cluster.metrics import read_metrics
+from configs.load import load_config
+from tests import runs_for_tests as runs
+
+BY_CLOCK = re.compile(r"time(_s|/.*)|wall_s|.*_per_s|eval/seconds")  # columns read from a clock
+Trained = Callable[..., Run]
+
+
+@pytest.fixture
+def sync(tmp_path: Path) -> Trained:
+    """Train in this process, with more settings; keywords go to `train`."""
+
+    def run(*words: str, resume: Path | None = None, folder: Path = tmp_path, **more: Any) -> Run:
+        words = ("--mode", "sync", "--root", str(folder / "runs"), "--replay.directory", str(tmp_path), *words)
+        return train(load_config("pendulum_sac", [*runs.SMALL, *words]), resume=resume, show=lambda *_: None, **more)
+
+    return run
+
+
+def test_the_same_seed_gives_the_same_metrics_to_the_last_digit(sync: Trained) -> None:
+    settings = [
+        "--actors.count",
+        "2",
+        "--actors.envs",
+        "2",
+        "--replay.shards",
+        "2",
+        "--learners.updates_per_step",
+        "0.5",
+    ]
+    settings += ["--eval.every", "450", "--eval.episodes", "1", "--stop.steps", "900"]
+
+    def metrics(name: str, seed: int) -> tuple[pa.Table, dict[str, Any]]:
+        run = sync(*settings, "--name", name, "--seed", str(seed))
+        table = read_metrics(run.path)
+        exact = table.select(sorted(c for c in table.column_names if not BY_CLOCK.fullmatch(c)))
+        return exact, load_tensors(runs.newest_checkpoint(run.path) / "learner.safetensors")[0]
+
+    (one, learner_one), (two, learner_two), (other, _) = metrics("a", 7), metrics("b", 7), metrics("c", 8)
+    assert {"loss/critic", "return_mean_100", "eval/mean_return", "samples_per_insert"} <= set(one.column_names)
+    assert one.equals(two)
+    assert all(learner_one[name].tobytes() == learner_two[name].tobytes() for name in learner_one)
+    assert one.column("loss/critic") != other.column("loss/critic")
+    assert one.column("eval/mean_return") != other.column("eval/mean_return")
+
+
+def test_counts_are_those_of_the_rows_and_a_resumed_run_goes_on_with_them(sync: Trained) -> None:
+    settings = [
+        "--actors.count",
+        "2",
+        "--actors.envs",
+        "3",
+        "--replay.shards",
+        "2",
+        "--learners.updates_per_step",
+        "0.25",
+        "--name",
+        "a",
+    ]
+    first = sync(*settings, "--stop.steps", "1500")
+    before = runs.newest_checkpoint(first.path)
+    assert first.summary["stop_reason"].endswith("of 1500 environment steps done")
+    assert runs.recount(before) == (first.summary["steps"], first.summary["episodes"])
+    assert first.summary["episodes"] == 6  # 1500 steps in 6 lanes: each has ended one of 200
+
+    rows_before = read_metrics(first.path).num_rows
+    second = sync(*settings, "--stop.steps", "2800", resume=first.path)
+    assert second.path == first.path
+    after = runs.newest_checkpoint(first.path)
+    assert runs.recount(after) == (second.summary["steps"], second.summary["episodes"])
+    assert second.summary["episodes"] == 12
+    rows = read_metrics(first.path).to_pylist()
+    assert [row["env_steps"] for row in rows] == sorted(row["env_steps"] for row in rows)
+    assert rows[rows_before]["updates"] >= first.summary["updates"]
+    assert rows[rows_before]["replay_size"] >= first.summary["steps"]
+    assert second.summary["updates"] == load_tensors(after / "learner.safetensors")[1]["updates"]
+    # No sample was forgotten: each update drew one batch, and the limiter went on from both counts.
+    counts = runs.head_counts(after)
+    assert counts["sampled"] == 32 * counts["updates"]
+    assert counts["sampled"] / (counts["env_steps"] - 200) == pytest.approx(0.25 * 32, rel=0.1)
+    assert counts["version"] > runs.head_counts(before)["version"]
+
+
+def test_a_run_is_not_resumed_with_another_number_of_shards(sync: Trained) -> None:
+    run = sync("--replay.shards", "2", "--stop.steps", "300", "--name", "a")
+    config = (run.path / "config.yaml").read_text()
+    with pytest.raises(
+        ValueError, match=r"holds the steps of 2 shards, and replay.shards is 3; resume with --replay.shards 2"
+    ):
+        sync("--replay.shards", "3", "--stop.steps", "400", resume=run.path)
+    assert (run.path / "config.yaml").read_text() == config
+
+
+def test_a_run_ends_by_the_clock_or_when_it_is_solved(sync: Trained) -> None:
+    timed = sync("--stop.wall_s", "0.3", "--learners.updates_per_step", "0.1", "--name", "timed")
+    assert timed.summary["stop_reason"].endswith("of 0.3 s are over")
+    solved = sync(
+        "--eval.every", "250", "--eval.episodes", "2", "--stop.mean_return", "-2000", "--name", "solved",
+        "--learners.updates_per_step", "0.1",
+    )  # fmt: skip
+    assert solved.summary["stop_reason"].startswith("solved: mean return -")
+    assert 250 <= solved.summary["steps"] < 400  # steps come in writes of 64
+    best = Checkpoints(solved.path / "checkpoints").best()
+    assert best is not None
+    assert best.eval_mean_return == solved.summary["mean_return"]
+
+
+def test_sigterm_leaves_a_whole_checkpoint_and_a_report(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    words = [
+        *runs.SMALL,
+        "--mode",
+        "sync",
+        "--name",
+        "a",
+        "--replay.directory",
+        str(tmp_path),
+        "--learners.updates_per_step",
+        "0.1",
+    ]
+    process = runs.start(
+        "train", "pendulum_sac", *words, "--stop.steps", "1e9", "--checkpoints.every_s", "1", cwd=tmp_path
+    )
+    runs.wait_for(lambda: runs.events(run, "checkpoint"), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+    assert "stopped by a signal" in out
+    assert (run / "report.html").stat().st_size > 10_000
+    latest = Checkpoints(run / "checkpoints").latest()
+    assert latest is not None
+    assert latest.env_steps == runs.summary(run)["steps"] > 0
+    assert not list(tmp_path.glob("millrace.*"))
+
+
+def test_it_runs_with_ray_uninstalled(tmp_path: Path) -> None:
+    words = [
+        "train",
+        "pendulum_sac",
+        *runs.SMALL,
+        "--mode",
+        "sync",
+        "--name",
+        "a",
+        "--replay.directory",
+        str(tmp_path),
+        "--stop.steps",
+        "300",
+    ]
+    code = f"import sys; sys.modules['ray'] = None; from cluster.cli import main; sys.exit(main({words!r}))"
+    environment = {"PYTHONPATH": str(runs.ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert runs.summary(tmp_path / "runs" / "a")["steps"] >= 300
+
+
+@pytest.mark.parametrize("reward", ["1e38", "inf"])
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(
+    reward: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(runs.ROOT))
+    words = [
+        *runs.SMALL,
+        "--mode",
+        "sync",
+        "--name",
+        "a",
+        "--replay.directory",
+        str(tmp_path),
+        "--checkpoints.every_s",
+        "1",
+    ]
+    words += [
+        "--env.id",
+        "tests.envs_for_tests:make_spoilt",
+        "--env.kwargs",
+        "good=200",
+        f"reward={reward}",
+        "--actors.envs",
+        "4",
+    ]
+    assert main(["train", "pendulum_sac", *words]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("millrace: learner: not finite in updates ")
+    assert "loss/critic = inf" in message or "loss/critic = nan" in message
+    assert "|return| " in message
+    assert message.count("\n") == 1
+    for checkpoint in Checkpoints(tmp_path / "runs" / "a" / "checkpoints").all():
+        tensors, _ = load_tensors(checkpoint.path / "learner.safetensors")
+        assert all(
+            abs(tensor).max() < float("inf") for tensor in tensors.values() if tensor.dtype.kind == "f" and tensor.size
+        )
+    assert [event["kind"] for event in runs.events(tmp_path / "runs" / "a")][-1] == "error"
+    assert not list(tmp_path.glob("millrace.*"))
+
+
+def in_small_disk(disk: Path, size: str, before: str, words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run `millrace` where `disk` is a file system of `size` of its own, after the shell commands `before`."""
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this system allows no mount namespace")
+    mount = f'mount -t tmpfs -o size={size} none "{disk}" && {before} && exec "$0" -m cluster.cli "$@"'
+    environment = {"PYTHONPATH": str(runs.ROOT), "PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [unshare, "-rm", "sh", "-c", mount, sys.executable, *words],
+        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(sync: Trained, tmp_path: Path) -> None:
+    run = sync("--stop.steps", "300", "--name", "a").path
+    old = runs.newest_checkpoint(run)
+    kept = tmp_path / "kept"
+    shutil.copytree(run / "checkpoints", kept)
+    done = in_small_disk(
+        run / "checkpoints", "200k", f'cp -r "{kept}/." "{run}/checkpoints"',
+        ["train", "--resume", str(run), "--stop.steps", "3000", "--learners.updates_per_step", "0.1", "--checkpoints.every_s", "1"],
+        tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert runs.summary(run)["steps"] >= 3000
+    (warning, *_) = runs.events(run, "warning")
+    assert "no checkpoint was written" in warning["text"]
+    assert re.search(r"no room on disk for .*: .* free, .* needed; free some space", warning["text"])
+    assert warning["text"] in done.stdout.replace("\n", "")
+    assert Checkpoints(run / "checkpoints").latest() is not None  # outside the namespace, untouched
+    assert old.exists()
+
+
+def test_too_little_room_for_the_replay_is_one_clear_error(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["train", "pendulum_sac", *runs.SMALL, "--mode", "sync", "--name", "a", "--replay.directory", str(disk)]
+    done = in_small_disk(disk, "100k", "true", words, tmp_path)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"millrace: .*{re.escape(str(disk))} has 0 MiB free and the replay shard needs .*\n", done.stderr
+    )
+    assert "lower replay.capacity" in done.stderr
+    assert not (tmp_path / "runs" / "a").exists()  # the name is free for another try
