@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.protocol import BoolArray, EnvStep, IntArray, Policy, VectorEnv
-from replay.client import Writer
+from replay.writers import Writer
 
 EPISODE_LOG = 1_000  # finished episodes kept
 

@@ -56,6 +56,7 @@ def train(
     """
     from actors.envs import check_env
     from cluster.checkpoint import Checkpoints
+    from cluster.files import write_atomically
     from cluster.live import Live
     from cluster.runs import RunFolder
 
@@ -82,7 +83,7 @@ def train(
                 f"--replay.shards {held}"
                 + ("" if held else " or with --no-checkpoints.replay, to begin with an empty replay")
             )
-        (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        write_atomically(path / "config.yaml", dump_config(config).encode())
         folder = RunFolder.open(path)
         folder.resumed(command)
     with _stop_signals() as stopping, _removed_unless_begun(folder.path):

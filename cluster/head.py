@@ -79,6 +79,7 @@ class Tick:
     evaluating: bool = False  # an evaluation runs beside training
     paused_s: float = 0.0  # training stood still for evaluations since the last tick
     ending: bool = False  # processes are being stopped
+    first_step: float | None = None  # monotonic time of the first environment step since the start
 
 
 class Head:
@@ -110,6 +111,7 @@ class Head:
         self._seconds: dict[str, float] = {}  # "time/<kind>/<state>" → seconds over all processes and restarts
         self._previous: Tick | None = None
         self._previous_counts = (0, 0)
+        self._rate: float | None = None
         self._moved_at: float | None = None
         self._stall_told = False
         self._checkpointed_at = wall_started
@@ -164,8 +166,9 @@ class Head:
         counts, previous = self.counts, self._previous
         steps_before, updates_before = self._previous_counts if previous else (counts.env_steps, counts.updates)
         self._count(tick)
-        if self.first_step_at is None and counts.env_steps > steps_before:
-            self.first_step_at = tick.time
+        if self.first_step_at is None:
+            moved = counts.env_steps > steps_before
+            self.first_step_at = tick.time if tick.first_step is None and moved else tick.first_step
         if self.first_step_at is not None:
             counts.time_s = self._time_before + tick.time - self.first_step_at
         row: dict[str, float] = {
@@ -181,6 +184,7 @@ class Head:
         }
         if previous is not None and tick.time > previous.time:
             seconds = tick.time - previous.time - tick.paused_s
+            self._rate = (counts.env_steps - steps_before) / (tick.time - previous.time)
             if not (tick.evaluating or previous.evaluating or tick.ending) and self.first_step_at is not None:
                 counts.trained_s += seconds
                 counts.trained_steps += counts.env_steps - steps_before
@@ -249,6 +253,9 @@ class Head:
         """Take in an evaluation; it stands in the next metrics row. Returns whether it is the best so far."""
         self.last_evaluation = self._pending_evaluation = evaluation
         self.counts.eval_s += evaluation.seconds
+        every = self.config.eval.every
+        if every and evaluation.step >= self._next_eval:
+            self._next_eval = (evaluation.step // every + 1) * every
         if self.best is not None and evaluation.mean <= self.best:
             return False
         self.best = evaluation.mean
@@ -289,6 +296,10 @@ class Head:
         """Whether a run that has reached its end is to be evaluated once more, with its last weights."""
         ended = self.config.eval.every > 0 and self.stop_reason() is not None and self.counts.version > 0
         return ended and not self._solved and self.evaluation_now is None
+
+    def seconds_to_due(self) -> float:
+        """Time until the next evaluation or the stop is due, at the present rate; infinite where nothing moves."""
+        return max(0.0, self.next_due - self.counts.env_steps) / self._rate if self._rate else math.inf
 
     @property
     def next_due(self) -> float:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.checkpoint import load_tensors, save_tensors
+from cluster.head import Counts
 from configs.schema import RunConfig
-from replay.client import LaneWriter, Writer
 from replay.schema import StepSchema
-from replay.server import ShardSpec
+from replay.shard import ShardSpec
+from replay.writers import LaneWriter, Writer
 
 if TYPE_CHECKING:
     from actors.rollout import Rollout
@@ -59,6 +60,11 @@ def limiter_counters(
         # The table fills up again as at the start of a run: what is inserted until then is not to be caught up on.
         sampled = math.floor((inserted - items) * config.samples_per_insert)
     return {"inserted": inserted, "sampled": sampled, "items": items}
+
+
+def samples_used(config: RunConfig, counts: Counts) -> int:
+    """Samples that became updates: what a resumed limiter counts, for those drawn ahead and lost were never used."""
+    return (counts.updates + counts.updates_lost) * config.learners.batch_size
 
 
 def shards_of_actor(config: RunConfig, index: int) -> list[int]:

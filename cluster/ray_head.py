@@ -82,7 +82,7 @@ class HeadWorker:
         self._next_episode: dict[str, int] = {}
         self._first_step_told = False
         self._finishing = False
-        self._lost: set[str] = set()  # processes that died while the run was ending
+        self._lost: set[str] = set()  # actors that died while the run was ending
         self._shown: list[tuple[dict[str, float] | None, str | None]] = []
         self._stop_asked: str | None = None
         self._wake = threading.Event()
@@ -130,10 +130,13 @@ class HeadWorker:
             outcome = {"error": text}
             self._recorder.event("error", text)
         finally:
-            self._recorder.close()
-            self._ask_all("shard", "close", 10.0)  # their storage would stay in memory
-            for name in list(self._children):
-                self._kill(name)
+            try:
+                self._recorder.close()
+                self._ask_all("shard", "close", 10.0)  # their storage would stay in memory
+                for name in list(self._children):
+                    self._kill(name)
+            except Exception:  # the driver waits for the outcome all the same
+                log.exception("the run was not cleaned up")
         self._outcome = outcome
         # Where the driver has died, nobody else would end this process.
         time.sleep(LINGER_S)
@@ -163,10 +166,8 @@ class HeadWorker:
         self._finishing = True
         # Actors first: one that waits for room in the replay needs the learner to go on.
         self._ask_all("actor", "stop", 10.0)
-        self._collect()
-        self._tick()
-        self._ask_all("learner", "stop", 30.0)
-        if self._evaluation is not None:
+        self._stop_learner()
+        if self._evaluation is not None and not self._stop_asked:  # who asks to stop has no time for it
             ray.wait([self._evaluation[0]], timeout=START_S)
             self._follow_evaluation()
         if head.final_evaluation_due:
@@ -174,16 +175,30 @@ class HeadWorker:
             assert self._evaluation is not None
             ray.wait([self._evaluation[0]], timeout=START_S)
             self._follow_evaluation()
-        self._collect()
-        self._tick()
-        self._checkpoint(head.evaluation_now)
+        for _ in range(3):  # a process may die even now, and is started again
+            self._stop_learner()
+            if self._checkpoint(head.evaluation_now):
+                break
         summary = head.summary(stop_reason=reason)
         self._recorder.finish(summary)
         return summary
 
+    def _stop_learner(self) -> None:
+        """Stop the learner, once it has started where it still does; the counts are final then."""
+        self._collect()
+        starting = self._children["learner"].starting
+        if starting is not None:
+            ray.wait([starting], timeout=START_S)
+            self._collect()
+        self._ask_all("learner", "stop", 30.0)
+        self._collect()
+        self._tick()
+
     def _ask_all(self, kind: str, method: str, timeout_s: float) -> None:
         """Call a method of every process of a kind and wait; one that fails or takes too long is left behind."""
-        children = [child for name, child in self._children.items() if name.startswith(kind)]
+        children = [c for name, c in self._children.items() if name.startswith(kind)]
+        if method == "stop":
+            children = [c for c in children if c.starting is None and c.name not in self._lost]
         arguments = (timeout_s,) if method == "stop" else ()
         answers = [getattr(child.worker, method).remote(*arguments) for child in children]
         done, _ = ray.wait(answers, num_returns=len(answers), timeout=timeout_s + 5.0)
@@ -334,7 +349,7 @@ class HeadWorker:
 
     def _restart(self, child: _Child, why: str) -> None:
         """Put a new process in the place of a dead or failed one."""
-        if self._finishing:
+        if self._finishing and child.name.startswith("actor"):
             self._lost.add(child.name)
             self._recorder.event("warning", f"{child.name} {why} while the run was ending")
             return
@@ -430,6 +445,8 @@ class HeadWorker:
                 seconds = status["first_step_at"] - self._wall_started
                 self._recorder.event("start", f"first environment step {seconds:.1f} s after the command")
         learner = statuses("learner").get("learner", {})
+        # Actors may act with weights that the learner's last status does not know of.
+        self._head.counts.version = max(self._head.counts.version, self._weights[0])
         tick = Tick(
             time=time.monotonic(),
             actors=actors,
@@ -472,13 +489,14 @@ class HeadWorker:
         if best:
             self._checkpoint(evaluation.mean, data)
 
-    def _checkpoint(self, evaluation: float | None = None, policy: bytes | None = None) -> None:
+    def _checkpoint(self, evaluation: float | None = None, policy: bytes | None = None) -> bool:
+        """Write a checkpoint, or a line that says why there is none. Returns whether every process did its part."""
         shards = [self._children[f"shard {index}"] for index in range(self._config.replay.shards)]
         learner = self._children["learner"]
         if learner.starting is not None or learner.status.get("error"):
             if self._finishing:
-                self._recorder.event("warning", "no checkpoint was written at the end: the learner was not running")
-            return
+                self._recorder.event("warning", "no checkpoint was written: the learner was not running")
+            return False
         try:
             self._recorder.checkpoint(
                 save_learner=lambda path: _saved(learner.worker.save.remote(str(path))),
@@ -489,6 +507,8 @@ class HeadWorker:
         except ray.exceptions.RayError as error:
             # A process died meanwhile: the next look at it starts it again, and what was written is gone.
             self._recorder.event("warning", f"no checkpoint was written: {_short(error)}")
+            return False
+        return True
 
 
 def _saved(answer: Any) -> Any:
@@ -503,5 +523,7 @@ def _saved(answer: Any) -> Any:
 
 def _short(error: BaseException) -> str:
     """The last line of an error, which in Ray's names the cause."""
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "a process died"  # Ray's own text is a page about what may have killed it
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

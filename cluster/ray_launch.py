@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from cluster.runs import RunFolder
 from configs.schema import RunConfig
 
 POLL_S = 0.5
+REACH_S = 5.0  # how long a cluster may take to accept a connection
 
 
 class ClusterError(RuntimeError):
@@ -120,8 +122,9 @@ def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> No
     common = {"namespace": name, "log_to_driver": False, "logging_level": "error"}
     if address:
         try:
+            _reach(address)
             ray.init(address=address, **common)
-        except (ConnectionError, ray.exceptions.RayError, RuntimeError) as error:
+        except (OSError, ray.exceptions.RayError, RuntimeError) as error:
             raise ClusterError(
                 f"no Ray cluster answers at {address}: {error}; start one (`ray start --head`), or leave out --address to "
                 "start a private one"
@@ -148,6 +151,13 @@ def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> No
     url = ray.get_runtime_context().gcs_address and ray._private.worker.get_dashboard_url()
     if url:
         show(None, f"Ray dashboard: http://{url}")
+
+
+def _reach(address: str) -> None:
+    """Raises OSError unless something listens at `host:port`: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
 
 
 def _follow(

@@ -19,9 +19,11 @@ import ray
 
 from cluster import parts
 from configs.schema import RunConfig
-from replay.client import FlightWriter, stream_sampler
+from replay.samplers import stream_sampler
 from replay.schema import StepSchema
-from replay.server import ShardServer, ShardSpec
+from replay.server import ShardServer
+from replay.shard import ShardSpec
+from replay.writers import FlightWriter
 
 
 def _failure(error: BaseException) -> dict[str, str]:
@@ -228,7 +230,9 @@ class LearnerWorker:
             parts.save_learner(Path(path), self._algorithm, version=int(self._loop.stats()["version"]))
 
     def stop(self, timeout_s: float) -> None:
-        """Stop updating, publish the last weights, and let go of the samples not used."""
+        """Stop updating, publish the last weights, and let go of the samples not used; a second call does nothing."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
         self._updating.join(timeout_s)
         if self._updating.error is None:

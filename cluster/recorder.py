@@ -37,6 +37,7 @@ class Recorder:
         self._metrics = MetricsWriter(folder.path)
         self._checkpoints = Checkpoints(folder.checkpoints, keep=folder.config.checkpoints.keep)
         self._disk_full_told = False
+        self._written: tuple[int, float | None, bytes] | None = None  # step, evaluation, policy of the last checkpoint
 
     def row(self, row: dict[str, float]) -> None:
         """Keep and show one metrics row."""
@@ -70,10 +71,15 @@ class Recorder:
         `evaluation` is the mean return of `policy`, where it was measured.
         """
         head, replay = self._head, self._folder.config.checkpoints.replay
-        began = time.monotonic()
+        began, step = time.monotonic(), head.counts.env_steps
+        if self._written is not None and self._written[0] == step:
+            # A checkpoint of the same step is replaced; a policy that was found better stays the one that it holds.
+            _, before, better = self._written
+            if before is not None and (evaluation is None or evaluation < before):
+                evaluation, policy = before, better
         try:
             with self._checkpoints.write(
-                env_steps=head.counts.env_steps, updates=head.counts.updates, eval_mean_return=evaluation
+                env_steps=step, updates=head.counts.updates, eval_mean_return=evaluation
             ) as path:
                 save_learner(path / LEARNER)
                 write_atomically(path / POLICY, policy)
@@ -86,6 +92,7 @@ class Recorder:
         except DiskFullError as error:
             self.event("warning", f"no checkpoint was written: {error}")
         else:
+            self._written = (step, evaluation, policy)
             text = f"checkpoint at step {head.counts.env_steps} in {time.monotonic() - began:.1f} s"
             self.event("checkpoint", text, shown=False)
         head.checkpointed(time.monotonic())
@@ -94,10 +101,18 @@ class Recorder:
         """Write the summary and the report."""
         from cluster.report import write_report
 
-        self._metrics.close()
-        self._folder.finished(summary)
-        write_report(self._folder.path)
+        self.close()
+        try:
+            self._folder.finished(summary)
+            write_report(self._folder.path)
+        except OSError as error:
+            self.event(
+                "warning", f"summary or report were not written: {error}; `millrace report` makes the report again"
+            )
 
     def close(self) -> None:
         """Write the metrics that wait; a second call does nothing."""
-        self._metrics.close()
+        try:
+            self._metrics.close()
+        except DiskFullError as error:
+            self.event("warning", f"the last metrics are lost: {error}")

@@ -23,12 +23,10 @@ from cluster.recorder import HEAD, LEARNER, Recorder, shard_file
 from cluster.runs import RunFolder
 from learners.loop import LearnerLoop, set_threads
 from replay import snapshot
-from replay.client import CallSource, CallWriter, Sampler
-from replay.files import StorageFile
-from replay.limiter import RateLimiter
+from replay.samplers import CallSource, Sampler
 from replay.schema import StepSchema
-from replay.server import ShardSpec
 from replay.shard import Shard
+from replay.writers import CallWriter
 
 ROW_STEPS = 200  # environment steps between two metrics rows: by steps, so that two runs report at the same moments
 
@@ -59,19 +57,28 @@ class SyncRun:
         incarnation = head.counts.incarnation
         set_threads(config.learners.cpus, config.learners.threads)
         schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
-        self._limiter = RateLimiter(
-            samples_per_insert=config.samples_per_insert,
-            min_size=config.replay.min_size,
-            error_buffer=config.error_buffer * config.samples_per_insert,
-        )
-        self._shards = [
-            _make_shard(
-                schema,
-                parts.shard_spec(config, schema, i, run=folder.path.name, incarnation=incarnation),
-                self._limiter,
-            )
-            for i in range(config.replay.shards)
+        specs = [
+            parts.shard_spec(config, schema, index, run=folder.path.name, incarnation=incarnation)
+            for index in range(config.replay.shards)
         ]
+        self._limiter = specs[0].limiter()
+        self._shards: list[Shard] = []
+        try:
+            self._shards.extend(Shard.from_spec(spec, self._limiter) for spec in specs)
+            self._assemble(schema, resume)
+        except BaseException:
+            self._close_shards()
+            raise
+        self._policy = parts.make_policy(config, schema)
+        self._evaluator: Evaluator | None = None
+        self._paused_s = 0.0
+        self._first_step: float | None = None
+        self._recorder = Recorder(folder, head, show=show)
+
+    def _assemble(self, schema: StepSchema, resume: Checkpoint | None) -> None:
+        """Make the learner and the actors."""
+        config, head = self._config, self._head
+        incarnation = head.counts.incarnation
         self._algorithm = parts.make_algorithm(config, schema, incarnation=incarnation)
         version = parts.FIRST_VERSION
         if resume is not None:
@@ -98,10 +105,10 @@ class SyncRun:
             )
             self._actors.append((rollout, writers))
         self._next_episode = [0] * config.actors.count
-        self._policy = parts.make_policy(config, schema)
-        self._evaluator: Evaluator | None = None
-        self._paused_s = 0.0
-        self._recorder = Recorder(folder, head, show=show)
+
+    def _close_shards(self) -> None:
+        for shard in self._shards:
+            shard.close()
 
     def _restore(self, checkpoint: Path) -> None:
         if self._config.checkpoints.replay:
@@ -111,6 +118,7 @@ class SyncRun:
         for index, found in enumerate(stats):
             self._head.rebase(f"shard {index}", found)
         counts = self._head.counts
+        counts.sampled = parts.samples_used(self._config, counts)
         found = parts.limiter_counters(self._config, inserted=counts.env_steps, sampled=counts.sampled, shards=stats)
         self._limiter.restore(
             inserted=found["inserted"], sampled=found["sampled"], removed=found["inserted"] - found["items"]
@@ -126,22 +134,22 @@ class SyncRun:
             reason = self._train(stopping)
             if self._head.final_evaluation_due:
                 self._evaluate()
-                self._tick()
+                self._tick(ending=True)
             for rollout, _ in self._actors:
                 rollout.close()
             self._checkpoint(self._head.evaluation_now)
             summary = self._head.summary(stop_reason=reason)
             self._recorder.finish(summary)
             return summary
-        except FloatingPointError as error:
-            self._recorder.event("error", f"learner: {error}", shown=False)
-            raise RuntimeError(f"learner: {error}") from error
+        except Exception as error:
+            who = "learner" if isinstance(error, FloatingPointError) else type(error).__name__
+            self._recorder.event("error", f"{who}: {error}", shown=False)
+            raise RuntimeError(f"{who}: {error}") from error
         finally:
             self._recorder.close()
             if self._evaluator is not None:
                 self._evaluator.close()
-            for shard in self._shards:
-                shard.close()
+            self._close_shards()
 
     def _train(self, stopping: threading.Event) -> str:
         every = max(ROW_STEPS, self._config.lanes)
@@ -150,9 +158,10 @@ class SyncRun:
             for rollout, _ in self._actors:
                 if rollout.version != self._version:
                     rollout.set_policy(self._version, self._weights)
-                rollout.step()
+                if rollout.step() and self._first_step is None:
+                    self._first_step = time.monotonic()
             self._update()
-            steps = self._limiter.inserted
+            steps = sum(shard.inserted for shard in self._shards)
             if steps >= min(next_row, self._head.next_due) or stopping.is_set():
                 next_row = steps - steps % every + every
                 self._tick()
@@ -172,7 +181,7 @@ class SyncRun:
             except TimeoutError:
                 return
 
-    def _tick(self) -> None:
+    def _tick(self, *, ending: bool = False) -> None:
         actors = {
             f"actor {index}": parts.actor_status(rollout, writers, after=self._next_episode[index])
             for index, (rollout, writers) in enumerate(self._actors)
@@ -187,6 +196,8 @@ class SyncRun:
             returns=[r for status in actors.values() for r in status["returns"]],
             lengths=[n for status in actors.values() for n in status["lengths"]],
             paused_s=self._paused_s,
+            ending=ending,
+            first_step=self._first_step,
         )
         self._paused_s = 0.0
         self._recorder.row(self._head.tick(tick))
@@ -211,16 +222,3 @@ class SyncRun:
             policy=self._weights,
             evaluation=evaluation,
         )
-
-
-def _make_shard(schema: StepSchema, spec: ShardSpec, limiter: RateLimiter) -> Shard:
-    size = Shard.memory_bytes(schema, capacity=spec.capacity, segment_steps=spec.segment_steps)
-    return Shard(
-        schema,
-        limiter,
-        index=spec.index,
-        capacity=spec.capacity,
-        segment_steps=spec.segment_steps,
-        seed=spec.seed,
-        file=StorageFile(spec.directory, run=spec.run, shard=spec.index, size=size),
-    )

@@ -24,6 +24,9 @@ class StorageFile:
         Raises:
             OSError: the folder has too little space (ENOSPC, naming the path, what is free and what is needed) or is missing.
         """
+        for left in leftovers(directory):
+            if (left.run, left.shard) == (run, shard):  # of a process that this one takes the place of
+                left.path.unlink(missing_ok=True)
         self.path = Path(directory) / f"millrace.{run}.shard{shard}.{os.getpid()}.rows"
         self.size = size
         try:
@@ -73,6 +76,7 @@ class Leftover:
 
     path: Path
     run: str
+    shard: int
     pid: int
     size: int
 
@@ -90,7 +94,7 @@ def leftovers(directory: str | Path) -> list[Leftover]:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found.append(Leftover(path, match["run"], int(match["pid"]), os.fstat(fd).st_size))
+            found.append(Leftover(path, match["run"], int(match["shard"]), int(match["pid"]), os.fstat(fd).st_size))
         except BlockingIOError:
             pass
         finally:

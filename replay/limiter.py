@@ -112,16 +112,17 @@ class LeasedLimiter:
     """A shard's share of a limiter that lives on another shard: credits leased in blocks."""
 
     def __init__(
-        self, lease: Callable[[Side, int, int, int, float], int], *, insert_block: int, sample_block: int
+        self, lease: Callable[[Side, int, int, int, float], tuple[int, str]], *, insert_block: int, sample_block: int
     ) -> None:
         """
         lease: (side, count, block, deleted since the last call, timeout in seconds) → granted, as
-            `RateLimiter.acquire_block`; asks the limiter's shard.
+            `RateLimiter.acquire_block`, and what is waited for if none; asks the limiter's shard.
         insert_block, sample_block: items leased at once. What is leased and not used is the limiter's stated error.
         """
         self._lease = lease
         self._block: dict[Side, int] = {"insert": insert_block, "sample": sample_block}
         self._credits: dict[Side, int] = {"insert": 0, "sample": 0}
+        self._why: dict[Side, str] = {"insert": "", "sample": ""}
         self._deleted = 0
         self._lock = threading.Lock()
         self._asking: dict[Side, threading.Lock] = {"insert": threading.Lock(), "sample": threading.Lock()}
@@ -142,7 +143,7 @@ class LeasedLimiter:
             with self._lock:
                 deleted, self._deleted = self._deleted, 0
             try:
-                granted = self._lease(side, count, self._block[side], deleted, timeout_s)
+                granted, self._why[side] = self._lease(side, count, self._block[side], deleted, timeout_s)
             except Exception:
                 with self._lock:
                     self._deleted += deleted
@@ -162,7 +163,7 @@ class LeasedLimiter:
             self._deleted += count
 
     def why(self, side: Side) -> str:
-        return "credits of the table's limiter, on shard 0"
+        return self._why[side] or "credits of the table's limiter, on shard 0"
 
 
 class Clock:

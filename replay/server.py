@@ -14,91 +14,26 @@ Data plane, all on long-lived streams:
 from __future__ import annotations
 
 import json
-import logging
-import os
 import struct
-import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from . import snapshot
-from .files import StorageFile
 from .limiter import LeasedLimiter, Limiter, RateLimiter, Side
-from .schema import SchemaError, StepSchema, WindowBatch
-from .shard import LEASE_S, Shard, WriterClosedError
+from .schema import SchemaError
+from .shard import Shard, ShardSpec, WriterClosedError
+from .wire import CLOSE, MASS, SEQUENCE, action, rows_from_arrow, to_arrow, window_schema
 
-log = logging.getLogger(__name__)
-
-SEQUENCE = struct.Struct("<q")
-MASS = struct.Struct("<q")
-CLOSE = b"close"
 _POLL_S = 0.5  # how often a blocked call looks whether its caller is still there
-
-
-def window_schema(schema: StepSchema, horizon: int) -> pa.Schema:
-    """Arrow schema of a batch of windows: the packed rows of a window side by side in one FixedSizeBinary value."""
-    return pa.schema(
-        [
-            pa.field("steps", pa.binary((horizon + 1) * schema.dtype.itemsize)),
-            pa.field("length", pa.int32()),
-            pa.field("item", pa.int64()),
-            pa.field("probability", pa.float64()),
-        ],
-        metadata=schema.arrow().metadata,
-    )
-
-
-def _array(type_: pa.DataType, values: np.ndarray, count: int) -> pa.Array:
-    return pa.Array.from_buffers(type_, count, [None, pa.py_buffer(values)])
-
-
-def to_arrow(batch: WindowBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """A batch of windows as one record batch, without a copy."""
-    values = (batch.steps.reshape(-1).view(np.uint8), batch.length, batch.item, batch.probability)
-    columns = [_array(f.type, v, len(batch)) for f, v in zip(schema, values, strict=True)]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def rows_from_arrow(batch: pa.RecordBatch, schema: StepSchema) -> tuple[np.ndarray, np.ndarray]:
-    """(lanes int32 (n,), rows structured (n,)) of a record batch that a writer sent, without a copy."""
-    lanes, rows = batch.column(0), batch.column(1)
-    if lanes.null_count or rows.null_count:
-        raise SchemaError("expected rows without nulls")
-    size = schema.dtype.itemsize
-    data = np.frombuffer(rows.buffers()[1], np.uint8, len(rows) * size, rows.offset * size)
-    return lanes.to_numpy(), data.view(schema.dtype)
-
-
-@dataclass(frozen=True)
-class ShardSpec:
-    """Everything a shard process needs to start."""
-
-    schema: str  # StepSchema.to_json()
-    run: str
-    index: int
-    capacity: int  # steps of this shard
-    segment_steps: int
-    samples_per_insert: float
-    min_size: int
-    error_buffer: float
-    seed: int
-    directory: str
-    host: str = "127.0.0.1"
-    port: int = 0  # 0: any free one
-    limiter_address: str | None = None  # Flight address of shard 0; None on shard 0 itself
-    insert_block: int = 64  # credits that another shard than 0 leases from the limiter at once
-    sample_block: int = 256
-    lease_s: float = LEASE_S  # how long a writer may be away
 
 
 class _Stream:
@@ -133,39 +68,27 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def __init__(self, spec: ShardSpec, *, restore: Path | None = None) -> None:
         """`restore`: a snapshot file to start from."""
-        schema = StepSchema.from_json(spec.schema)
-        size = Shard.memory_bytes(schema, capacity=spec.capacity, segment_steps=spec.segment_steps)
         self._leader: RateLimiter | None = None
         limiter: Limiter
         if spec.limiter_address is None:
-            limiter = self._leader = RateLimiter(
-                samples_per_insert=spec.samples_per_insert, min_size=spec.min_size, error_buffer=spec.error_buffer
-            )
+            limiter = self._leader = spec.limiter()
         else:
             leader = flight.FlightClient(spec.limiter_address)
 
-            def lease(side: Side, count: int, block: int, deleted: int, timeout_s: float) -> int:
+            def lease(side: Side, count: int, block: int, deleted: int, timeout_s: float) -> tuple[int, str]:
                 body = {"side": side, "count": count, "block": block, "deleted": deleted, "timeout_s": timeout_s}
-                return int(_action(leader, "lease", body)["granted"])
+                answer = action(leader, "lease", body)
+                return int(answer["granted"]), str(answer["why"])
 
             limiter = LeasedLimiter(lease, insert_block=spec.insert_block, sample_block=spec.sample_block)
-        self.shard = Shard(
-            schema,
-            limiter,
-            index=spec.index,
-            capacity=spec.capacity,
-            segment_steps=spec.segment_steps,
-            seed=spec.seed,
-            lease_s=spec.lease_s,
-            file=StorageFile(spec.directory, run=spec.run, shard=spec.index, size=size),
-        )
+        self.shard = Shard.from_spec(spec, limiter)
         self._streams: dict[str, _Stream] = {}
         self._closing = threading.Event()
         if restore is not None:
             snapshot.load(self.shard, restore)
         super().__init__(f"grpc://{spec.host}:{spec.port}")
         self.address = f"grpc://{spec.host}:{self.port}"
-        self._health = grpc.server(_daemon_pool())
+        self._health = grpc.server(ThreadPoolExecutor(max_workers=2, thread_name_prefix="health"))
         servicer = health.HealthServicer()
         servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._health)
@@ -245,18 +168,17 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
 
         return flight.GeneratorStream(schema, batches())
 
-    def do_action(self, context: Any, action: Any) -> list[bytes]:
-        body: dict[str, Any] = json.loads(action.body.to_pybytes() or b"{}")
-        match action.type:
+    def do_action(self, context: Any, request: Any) -> list[bytes]:
+        body: dict[str, Any] = json.loads(request.body.to_pybytes() or b"{}")
+        match request.type:
             case "lease":
                 if self._leader is None:
                     raise flight.FlightServerError(f"shard {self.shard.index} does not hold the table's limiter")
                 self._leader.deleted(int(body["deleted"]))
                 timeout_s = min(float(body["timeout_s"]), _POLL_S)
                 side, count, block = body["side"], int(body["count"]), int(body["block"])
-                answer: dict[str, Any] = {
-                    "granted": self._leader.acquire_block(side, count, block, timeout_s=timeout_s)
-                }
+                granted = self._leader.acquire_block(side, count, block, timeout_s=timeout_s)
+                answer: dict[str, Any] = {"granted": granted, "why": "" if granted else self._leader.why(side)}
             case "stats":
                 answer = self.stats()
             case "save":
@@ -282,6 +204,16 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         """Write a snapshot while serving. Returns the counters it holds."""
         return snapshot.save(self.shard, path)
 
+    def end_writer(self, writer: str) -> None:
+        """End the lanes of a writer that is known to be dead."""
+        self.shard.end_writer(writer)
+
+    def lost(self, items: int) -> None:
+        """Another shard of the table has lost items; on shard 0 only."""
+        if self._leader is None:
+            raise ValueError(f"shard {self.shard.index} does not hold the table's limiter")
+        self._leader.deleted(items)
+
     def restore_limiter(self, *, inserted: int, sampled: int, items: int) -> None:
         """Set the limiter's counters to the sums over all shards; on shard 0 only."""
         if self._leader is None:
@@ -297,36 +229,3 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         stop = threading.Thread(target=self.shutdown, name="shutdown", daemon=True)
         stop.start()
         stop.join(timeout=2 * _POLL_S)
-
-
-def _daemon_pool() -> Any:
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(max_workers=2, thread_name_prefix="health")
-
-
-def _action(client: flight.FlightClient, kind: str, body: dict[str, Any]) -> dict[str, Any]:
-    (result,) = client.do_action(flight.Action(kind, json.dumps(body).encode()))
-    answer: dict[str, Any] = json.loads(result.body.to_pybytes())
-    return answer
-
-
-def main() -> None:
-    """Run a shard in a process of its own: its spec as JSON on the first line of standard input, its addresses out.
-
-    It ends when standard input does, so that it never outlives its parent.
-    """
-    server = ShardServer(ShardSpec(**json.loads(sys.stdin.readline())))
-    print(json.dumps({"address": server.address, "health": server.health_address}), flush=True)
-    sys.stdin.read()
-    server.close()
-    os._exit(0)  # a stream still open would hold up the interpreter's own end
-
-
-def spec_json(spec: ShardSpec) -> str:
-    """The line that `main` reads."""
-    return json.dumps(asdict(spec))
-
-
-if __name__ == "__main__":
-    main()

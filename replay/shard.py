@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from .files import StorageFile
-from .limiter import Clock, Limiter, Side
+from .limiter import Clock, Limiter, RateLimiter, Side
 from .schema import SchemaError, StepSchema, WindowBatch
 from .storage import NONE, SegmentStorage
 
 MAX_LANES_PER_WRITER = 65_536
-LEASE_S = 30.0  # a writer that is away for longer is taken for dead
+LEASE_S = 90.0  # a writer away for longer is taken for dead; writers give up trying before that
 _RARE = 32  # rows in use per item beyond which items are listed and not guessed at
 
 
@@ -33,6 +33,34 @@ class _Writer:
 
 class WriterClosedError(ValueError):
     """Rows from a writer that has closed or whose lease has ended."""
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Everything a shard needs to start."""
+
+    schema: str  # StepSchema.to_json()
+    run: str
+    index: int
+    capacity: int  # steps of this shard
+    segment_steps: int
+    samples_per_insert: float
+    min_size: int
+    error_buffer: float
+    seed: int
+    directory: str
+    host: str = "127.0.0.1"
+    port: int = 0  # 0: any free one
+    limiter_address: str | None = None  # Flight address of shard 0; None on shard 0 itself
+    insert_block: int = 64  # credits that another shard than 0 leases from the limiter at once
+    sample_block: int = 256
+    lease_s: float = LEASE_S  # how long a writer may be away
+
+    def limiter(self) -> RateLimiter:
+        """The limiter of the table, for its first shard."""
+        return RateLimiter(
+            samples_per_insert=self.samples_per_insert, min_size=self.min_size, error_buffer=self.error_buffer
+        )
 
 
 class Shard:
@@ -77,10 +105,25 @@ class Shard:
         self.leases_ended = 0
         self._sampled = 0
 
-    @staticmethod
-    def memory_bytes(schema: StepSchema, *, capacity: int, segment_steps: int) -> int:
-        """Size of the storage file of a shard."""
-        return capacity // segment_steps * segment_steps * schema.dtype.itemsize
+    @classmethod
+    def from_spec(cls, spec: ShardSpec, limiter: Limiter) -> Shard:
+        """A shard whose rows lie in a storage file.
+
+        Raises:
+            OSError: too little space for the file.
+        """
+        schema = StepSchema.from_json(spec.schema)
+        size = spec.capacity // spec.segment_steps * spec.segment_steps * schema.dtype.itemsize
+        return cls(
+            schema,
+            limiter,
+            index=spec.index,
+            capacity=spec.capacity,
+            segment_steps=spec.segment_steps,
+            seed=spec.seed,
+            lease_s=spec.lease_s,
+            file=StorageFile(spec.directory, run=spec.run, shard=spec.index, size=size),
+        )
 
     # ---------------------------------------------------------------- writing
 
@@ -105,6 +148,12 @@ class Shard:
             known.connections -= 1
             known.seen = time.monotonic()
             if closed:
+                self._close_writer(writer)
+
+    def end_writer(self, writer: str) -> None:
+        """End the lanes of a writer that is known to be dead, without waiting for its lease to end."""
+        with self._lock:
+            if writer in self._writers:
                 self._close_writer(writer)
 
     def insert(self, writer: str, sequence: int, lanes: np.ndarray, rows: np.ndarray, *, timeout_s: float) -> bool:
@@ -239,6 +288,11 @@ class Shard:
     def items(self) -> int:
         """Windows that can be drawn: the shard's mass."""
         return self._storage.items
+
+    @property
+    def inserted(self) -> int:
+        """Items inserted over the shard's life."""
+        return self._storage.items_inserted
 
     def stats(self) -> dict[str, Any]:
         """Counters since the shard's start, seconds per state, and what it waits for."""

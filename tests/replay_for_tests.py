@@ -10,8 +10,7 @@ import numpy as np
 
 from replay.limiter import RateLimiter
 from replay.schema import Field, StepSchema, WindowBatch
-from replay.server import ShardSpec
-from replay.shard import Shard
+from replay.shard import Shard, ShardSpec
 
 SCHEMA = StepSchema(
     {

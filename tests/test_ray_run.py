@@ -25,8 +25,6 @@ TWO_OF_EACH = [
     "4",
     "--replay.shards",
     "2",
-    "--learners.updates_per_step",
-    "0.1",
 ]
 GENTLE = ["--actors.cpus", "0.5", "--actors.threads", "1"]
 
@@ -41,7 +39,9 @@ def start(tmp_path: Path) -> Iterator[Started]:
         words = ("train", *words, "--replay.directory", str(tmp_path / "storage"))
         if cluster is not None:
             words = (*words, "--address", cluster.address)
-        process = runs.start(*words, cwd=tmp_path, log=tmp_path / "log", env={} if cluster is None else cluster.env)
+        process = runs.start(
+            *words, cwd=tmp_path, log=tmp_path / "log", env={"RAY_ADDRESS": ""} if cluster is None else cluster.env
+        )
         started.append(process)
         return process
 
@@ -74,22 +74,20 @@ def test_a_run_survives_the_death_of_an_actor_and_of_the_learner(
 ) -> None:
     run = tmp_path / "runs" / "a"
     process = start(
-        "pendulum_sac", *runs.SMALL, *TWO_OF_EACH, *GENTLE, "--name", "a", "--stop.steps", "6000",
-        "--checkpoints.every_s", "2", "--report_every_s", "0.5", cluster=ray_cluster,
+        "pendulum_sac", *runs.SMALL, *TWO_OF_EACH, *GENTLE, "--name", "a", "--stop.steps", "5000",
+        "--checkpoints.every_s", "1", "--report_every_s", "0.5", cluster=ray_cluster,
     )  # fmt: skip
     runs.wait_for(lambda: "learner" in runs.pids(run) and runs.pids(run).keys() >= {"actor 0", "actor 1"}, process)
     first = runs.pids(run)
     os.kill(first["actor 1"], signal.SIGKILL)
-    runs.wait_for(lambda: runs.pids(run)["actor 1"] != first["actor 1"], process)
-    checkpoint = runs.wait_for(lambda: Checkpoints(run / "checkpoints").all(), process)[-1]
+    checkpoint = runs.wait_for(lambda: [c for c in Checkpoints(run / "checkpoints").all() if c.updates], process)[-1]
     os.kill(first["learner"], signal.SIGKILL)
-    runs.wait_for(lambda: runs.pids(run)["learner"] != first["learner"], process)
     ended(process, tmp_path)
 
     summary = runs.summary(run)
-    assert summary["stop_reason"].endswith("of 6000 environment steps done")
+    assert summary["stop_reason"].endswith("of 5000 environment steps done")
     assert summary["restarts"] == 2
-    told = [event["text"] for event in runs.events(run, "restart")]
+    told = sorted(event["text"] for event in runs.events(run, "restart"))
     assert told[0] == "actor 1 died; a new one takes its place"
     lost = re.fullmatch(r"learner died; a new one goes on from update (\d+), (\d+) updates are lost", told[1])
     assert lost is not None
@@ -159,13 +157,14 @@ def test_a_private_ray_joins_no_cluster_of_the_host_and_ctrl_c_leaves_nothing_bu
     wait_until_gone(lambda: [p.pid for p in runs.session(process.pid)])
 
 
+@pytest.mark.slow
 def test_a_shard_that_died_comes_back_from_the_last_checkpoint(
     ray_cluster: RayCluster, start: Started, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "a"
     process = start(
-        "pendulum_sac", *runs.SMALL, *TWO_OF_EACH, *GENTLE, "--name", "a", "--stop.steps", "5000",
-        "--checkpoints.every_s", "1", cluster=ray_cluster,
+        "pendulum_sac", *runs.SMALL, *TWO_OF_EACH, *GENTLE, "--name", "a",
+        "--checkpoints.every_s", "1", "--stop.steps", "8000", cluster=ray_cluster,
     )  # fmt: skip
     runs.wait_for(lambda: [c for c in Checkpoints(run / "checkpoints").all() if c.env_steps > 500], process)
     for number in (0, 1):  # shard 0 holds the limiter as well
@@ -184,7 +183,7 @@ def test_a_shard_that_died_comes_back_from_the_last_checkpoint(
         )
         assert kept is not None, text
         assert 0 < int(kept[1]) <= int(kept[2])
-    assert runs.summary(run)["steps"] >= 5000
+    assert runs.summary(run)["steps"] >= 8000
     wait_until_gone(lambda: list(ray_cluster.workers()))
 
 

@@ -122,9 +122,9 @@ def test_the_bounds_hold_under_threads(samples_per_insert: float) -> None:
 def test_the_ratio_holds_over_shards_up_to_their_leases(shards: int, error_buffer: float) -> None:
     leader = Watched(samples_per_insert=1.0, min_size=100, error_buffer=error_buffer)
 
-    def lease(side: Side, count: int, block: int, deleted: int, timeout_s: float) -> int:
+    def lease(side: Side, count: int, block: int, deleted: int, timeout_s: float) -> tuple[int, str]:
         leader.deleted(deleted)
-        return leader.acquire_block(side, count, block, timeout_s=timeout_s)
+        return leader.acquire_block(side, count, block, timeout_s=timeout_s), leader.why(side)
 
     blocks = {"insert": 64, "sample": 256}
     others = [LeasedLimiter(lease, insert_block=64, sample_block=256) for _ in range(shards - 1)]
@@ -140,11 +140,11 @@ def test_leases_tell_of_deletions_and_survive_a_lost_leader() -> None:
     calls: list[tuple[Side, int, int, int]] = []
     lost = [True]
 
-    def lease(side: Side, count: int, block: int, deleted: int, timeout_s: float) -> int:
+    def lease(side: Side, count: int, block: int, deleted: int, timeout_s: float) -> tuple[int, str]:
         if lost[0]:
             raise ConnectionError("the leader is gone")
         calls.append((side, count, block, deleted))
-        return block
+        return block, ""
 
     limiter = LeasedLimiter(lease, insert_block=10, sample_block=10)
     limiter.deleted(7)

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import grpc
@@ -23,10 +24,13 @@ import pyarrow.flight as flight
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from replay.client import FlightWriter, Sampler, ShardProcess, StreamSource, stream_sampler
 from replay.files import StorageFile, leftovers
+from replay.process import ShardProcess
+from replay.samplers import Sampler, StreamSource, stream_sampler
 from replay.schema import Field, SchemaError, StepSchema
-from replay.server import SEQUENCE, ShardServer, spec_json
+from replay.server import ShardServer
+from replay.wire import SEQUENCE
+from replay.writers import FlightWriter
 
 from .replay_for_tests import FREE, SCHEMA, draw_all, end, joined, make_spec, numbered, wait_until
 
@@ -451,7 +455,7 @@ def test_health_is_served_by_the_standard_protocol(memory: Path) -> None:
 WRITE_FOR_EVER = """
 import sys, time
 import numpy as np
-from replay.client import FlightWriter
+from replay.writers import FlightWriter
 from tests.replay_for_tests import SCHEMA, numbered
 writer = FlightWriter(sys.argv[1], SCHEMA)
 writer.append(np.array([0, 0, 0, 4, 4], np.int32), numbered(5))
@@ -522,4 +526,4 @@ def test_a_storage_file_in_use_is_not_taken_over(memory: Path) -> None:
 
 def test_a_spec_survives_its_line(memory: Path) -> None:
     spec = make_spec(memory, error_buffer=FREE, lease_s=2.5)
-    assert type(spec)(**json.loads(spec_json(spec))) == spec
+    assert type(spec)(**json.loads(json.dumps(asdict(spec)))) == spec

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 
 from replay import snapshot
-from replay.client import CallWriter, FlightWriter
 from replay.limiter import RateLimiter
 from replay.schema import Field, SchemaError, StepSchema
 from replay.server import ShardServer
 from replay.shard import Shard
+from replay.writers import CallWriter, FlightWriter
 
 from .replay_for_tests import FREE, SCHEMA, draw_all, end, joined, make_shard, make_spec, numbered
 

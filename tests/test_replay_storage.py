@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replay.client import CallSource, CallWriter, Sampler
+from replay.samplers import CallSource, Sampler
 from replay.schema import Field, SchemaError, StepSchema, WindowBatch
 from replay.shard import Shard, WriterClosedError
 from replay.storage import SegmentStorage
+from replay.writers import CallWriter
 
 from .replay_for_tests import SCHEMA, draw_all, end, joined, make_shard, numbered
 

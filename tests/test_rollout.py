@@ -17,9 +17,10 @@ from actors.protocol import Observation
 from actors.rollout import Rollout
 from actors.spaces import lane_seeds
 from configs.schema import EnvSettings, Scalar
-from replay.client import FlightWriter, ShardProcess
+from replay.process import ShardProcess
 from replay.schema import StepSchema
-from replay.server import ShardSpec
+from replay.shard import ShardSpec
+from replay.writers import FlightWriter
 
 OWN = "tests.envs_for_tests:"
 pytestmark = pytest.mark.filterwarnings("ignore:.*precision lowered by casting")

@@ -21,8 +21,9 @@ from actors.rollout import Rollout
 from configs.schema import RunConfig
 from learners.policy import SquashedGaussianPolicy
 from learners.sac import Sac
-from replay.client import FlightWriter, ShardProcess
-from replay.server import ShardSpec
+from replay.process import ShardProcess
+from replay.shard import ShardSpec
+from replay.writers import FlightWriter
 
 ROUNDS = 10  # each measures everything once, so that a machine that drifts drifts for all
 

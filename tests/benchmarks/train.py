@@ -108,9 +108,10 @@ def _alone(config: RunConfig, seconds: float) -> dict[str, Any]:
     from actors.envs import check_env
     from cluster import parts
     from learners.loop import LearnerLoop, set_threads
-    from replay.client import CallSource, CallWriter, Sampler
     from replay.limiter import RateLimiter
+    from replay.samplers import CallSource, Sampler
     from replay.shard import Shard
+    from replay.writers import CallWriter
 
     set_threads(config.learners.cpus, config.learners.threads)
     schema = check_env(config.env)
