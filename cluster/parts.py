@@ -73,6 +73,11 @@ def shards_of_actor(config: RunConfig, index: int) -> list[int]:
     return list(range(index, shards, count)) if shards > count else [index % shards]
 
 
+def writer_name(index: int, incarnation: int) -> str:
+    """Name under which an actor writes; the one that replaces it has another."""
+    return f"actor-{index}-{incarnation}"
+
+
 def make_policy(config: RunConfig, schema: StepSchema) -> SquashedGaussianPolicy:
     """The acting policy, without weights."""
     from learners.policy import SquashedGaussianPolicy

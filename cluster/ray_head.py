@@ -25,6 +25,7 @@ from cluster.recorder import HEAD, LEARNER, Recorder, shard_file
 from cluster.runs import RunFolder
 from replay.schema import StepSchema
 
+SHORTEST_S = 0.05  # between two looks at all processes
 ANSWER_S = 1.0  # where a process takes longer to answer, the head goes on with its last status
 START_S = 120.0  # the longest that processes may take to start, or to write their part of a checkpoint
 LINGER_S = 60.0  # how long the head of an ended run waits for a driver to ask how it ended
@@ -47,6 +48,7 @@ class _Child:
     status: dict[str, Any] = field(default_factory=dict)
     asked: Any = None  # answer of its `status` that has not come yet
     asked_at: float = 0.0  # monotonic
+    writer: str = ""  # of an actor: the name it writes under
     failures: deque[float] = field(default_factory=deque)
 
 
@@ -81,9 +83,11 @@ class HeadWorker:
         self._evaluation: tuple[Any, int, int, bytes] | None = None  # answer, step, version, weights
         self._next_episode: dict[str, int] = {}
         self._first_step_told = False
+        self._first_step: float | None = None  # monotonic
         self._finishing = False
         self._lost: set[str] = set()  # actors that died while the run was ending
-        self._shown: list[tuple[dict[str, float] | None, str | None]] = []
+        self._shown: deque[tuple[dict[str, float] | None, str | None]] = deque()
+        self._shown_before = 0  # shown earlier, and let go of
         self._stop_asked: str | None = None
         self._wake = threading.Event()
         self._outcome: dict[str, Any] | None = None
@@ -105,8 +109,15 @@ class HeadWorker:
         return None if version <= have else (version, reference)
 
     def status(self, after: int) -> dict[str, Any]:
-        """What was shown from index `after` on as (row, line), and how the run ended once it has."""
-        return {"shown": self._shown[after:], "outcome": self._outcome}
+        """What was shown from index `after` on as (row, line), and how the run ended once it has.
+
+        What lies before `after` has arrived and is let go of.
+        """
+        shown = self._shown
+        while self._shown_before < after and shown:
+            shown.popleft()
+            self._shown_before += 1
+        return {"shown": list(shown), "outcome": self._outcome}
 
     def stop(self, reason: str) -> None:
         """End the run with a checkpoint."""
@@ -146,7 +157,8 @@ class HeadWorker:
         period = self._config.report_every_s
         due = time.monotonic()
         while True:
-            due = max(due + period, time.monotonic())
+            # Sooner than the next row where a stop or an evaluation comes sooner.
+            due = max(due + min(period, self._head.seconds_to_due()), time.monotonic() + SHORTEST_S)
             self._wake.wait(max(0.0, due - time.monotonic()))
             self._collect()
             self._tick()
@@ -156,7 +168,7 @@ class HeadWorker:
             reason = self._stop_asked or self._head.stop_reason()
             if reason is not None:
                 return reason
-            if self._evaluation is None and self._head.evaluation_due():
+            if self._evaluation is None and self._weights[0] and self._head.evaluation_due():
                 self._begin_evaluation()
             if self._head.checkpoint_due(time.monotonic()):
                 self._checkpoint()
@@ -283,6 +295,7 @@ class HeadWorker:
     def _restore_limiter(self) -> None:
         shards = [c.status for name, c in self._children.items() if name.startswith("shard") and c.status]
         counts = self._head.counts
+        counts.sampled = parts.samples_used(self._config, counts)
         counters = parts.limiter_counters(
             self._config, inserted=counts.env_steps, sampled=counts.sampled, shards=shards
         )
@@ -290,7 +303,8 @@ class HeadWorker:
 
     def _spawn_actor(self, index: int) -> None:
         self._next_episode[f"actor {index}"] = 0
-        self._make(
+        incarnation = self._incarnation()
+        child = self._make(
             f"actor {index}",
             ActorWorker,
             self._config,
@@ -298,9 +312,10 @@ class HeadWorker:
             index,
             self._self,
             self._head.random_steps_left,
-            self._incarnation(),
+            incarnation,
             cpus=self._config.actors.cpus,
         )
+        child.writer = parts.writer_name(index, incarnation)
 
     def _spawn_learner(self) -> None:
         settings = self._config.learners
@@ -326,6 +341,8 @@ class HeadWorker:
 
     def _started(self, name: str, process: dict[str, Any]) -> None:
         text = f"{name} runs as process {process['pid']} on {process['node']}"
+        if "health" in process:
+            text += f", health service at {process['health']}"
         self._recorder.event("process", text, shown=False)
 
     def _incarnation(self) -> int:
@@ -364,6 +381,8 @@ class HeadWorker:
         kind, _, number = name.partition(" ")
         checkpoint = Checkpoints(self._folder.checkpoints, keep=self._config.checkpoints.keep).latest()
         if kind == "actor":
+            for shard in parts.shards_of_actor(self._config, int(number)):
+                self._children[f"shard {shard}"].worker.end_writer.remote(child.writer)
             self._spawn_actor(int(number))
             self._head.rebase(name, {})
             fresh = self._children[name]
@@ -374,8 +393,11 @@ class HeadWorker:
             self._spawn_shard(int(number))
             usable = checkpoint is not None and self._config.checkpoints.replay
             self._start_shard(int(number), shard_file(checkpoint.path, int(number)) if checkpoint and usable else None)
-            self._restore_limiter()
             kept = int(self._children[name].status["items"])
+            if name == "shard 0":
+                self._restore_limiter()
+            else:
+                self._get(self._children["shard 0"].worker.lost.remote(lost - kept), "shard 0")
             told = f"a new one serves {kept} of its {lost} steps, from the last checkpoint"
         else:
             before = self._head.counts.updates
@@ -442,6 +464,7 @@ class HeadWorker:
                 self._next_episode[name] = status["next_episode"]
             if not self._first_step_told and status["first_step_at"]:
                 self._first_step_told = True
+                self._first_step = time.monotonic() - (time.time() - status["first_step_at"])
                 seconds = status["first_step_at"] - self._wall_started
                 self._recorder.event("start", f"first environment step {seconds:.1f} s after the command")
         learner = statuses("learner").get("learner", {})
@@ -457,6 +480,7 @@ class HeadWorker:
             lengths=lengths,
             evaluating=self._evaluation is not None,
             ending=self._finishing,
+            first_step=self._first_step,
         )
         self._recorder.row(self._head.tick(tick))
 

@@ -123,7 +123,7 @@ def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> No
     if address:
         try:
             _reach(address)
-            ray.init(address=address, **common)
+            context = ray.init(address=address, **common)
         except (OSError, ray.exceptions.RayError, RuntimeError) as error:
             raise ClusterError(
                 f"no Ray cluster answers at {address}: {error}; start one (`ray start --head`), or leave out --address to "
@@ -131,6 +131,13 @@ def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> No
             ) from error
         have, want = ray.cluster_resources(), {"CPU": needed_cpus(config), "GPU": config.learners.gpus or 0.0}
         short = [f"{want[k]:g} {k}s, and it has {have.get(k, 0):g}" for k in want if want[k] > have.get(k, 0)]
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        if nodes > 1 and config.replay.host in ("127.0.0.1", "localhost"):
+            ray.shutdown()
+            raise ClusterError(
+                f"the cluster at {address} has {nodes} nodes, and shards that listen on replay.host {config.replay.host} are "
+                "reached from their own node only; set --replay.host node, on a network you trust"
+            )
         if short:
             ray.shutdown()
             raise ClusterError(
@@ -141,15 +148,14 @@ def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> No
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # A laptop may run more actors than it has cores; Ray would let the rest wait for ever.
         cpus = max(os.cpu_count() or 1, int(needed_cpus(config) + 1))
-        ray.init(
+        context = ray.init(
             address="local",
             num_cpus=cpus,
             include_dashboard=config.ray.dashboard,
             object_store_memory=config.ray.object_store_mb * 2**20,
             **common,
         )
-    url = ray.get_runtime_context().gcs_address and ray._private.worker.get_dashboard_url()
-    if url:
+    if url := context.dashboard_url:
         show(None, f"Ray dashboard: http://{url}")
 
 

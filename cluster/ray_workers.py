@@ -67,14 +67,15 @@ class ShardWorker:
         self._server: ShardServer | None = None
 
     def start(self, limiter_address: str | None, snapshot: str | None, port: int) -> dict[str, Any]:
-        """Begin to serve. Returns its address, its port and its first status."""
-        spec = replace(self._spec, limiter_address=limiter_address, port=port)
+        """Begin to serve. Returns its address, its port, its first status and what `_process` does."""
+        host = ray.util.get_node_ip_address() if self._spec.host == "node" else self._spec.host
+        spec = replace(self._spec, limiter_address=limiter_address, host=host, port=port)
         self._server = ShardServer(spec, restore=None if snapshot is None else Path(snapshot))
         return {
             "address": self._server.address,
             "port": self._server.port,
             "status": self._server.stats(),
-            "process": _process(),
+            "process": {**_process(), "health": self._server.health_address},
         }
 
     def status(self) -> dict[str, Any]:
@@ -90,6 +91,16 @@ class ShardWorker:
         """Set the counters of the limiter; on shard 0."""
         assert self._server is not None
         self._server.restore_limiter(**counters)
+
+    def lost(self, items: int) -> None:
+        """Tell the limiter of items that another shard has lost; on shard 0."""
+        assert self._server is not None
+        self._server.lost(items)
+
+    def end_writer(self, writer: str) -> None:
+        """End the lanes of a dead writer, so that the one in its place finds room."""
+        assert self._server is not None
+        self._server.end_writer(writer)
 
     def close(self) -> None:
         """Stop serving and remove the storage file."""
@@ -119,7 +130,8 @@ class ActorWorker:
     def start(self, addresses: list[str]) -> dict[str, Any]:
         """Connect to the shards at these addresses and begin to step. Returns what `_process` does."""
         chosen = [addresses[i] for i in parts.shards_of_actor(self._config, self._index)]
-        self._writers = [FlightWriter(address, self._schema) for address in chosen]
+        name = parts.writer_name(self._index, self._incarnation)
+        self._writers = [FlightWriter(address, self._schema, name=name) for address in chosen]
         self._rollout = parts.make_rollout(
             self._config,
             self._schema,

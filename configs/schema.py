@@ -107,7 +107,12 @@ class ReplaySettings(Settings):
         8, "Batches drawn ahead of the learner on each shard's stream.", unit="batches", ge=1, le=4096
     )
     directory: str = setting("/dev/shm", "Folder of the memory-mapped storage files.", unit="path", min_length=1)
-    host: str = setting("127.0.0.1", "Address the shards listen on.", unit="address", min_length=1)
+    host: str = setting(
+        "127.0.0.1",
+        "Address the shards listen on; node takes the address of the node each is on, for clusters of several nodes.",
+        unit="address",
+        min_length=1,
+    )
 
 
 class LearnersSettings(Settings):
