@@ -45,7 +45,6 @@ class Rollout:
         rows_per_write: int,
         write_every_s: float,
         seed: int,
-        lane_offset: int = 0,
     ) -> None:
         """Starts the environments.
 
@@ -57,7 +56,6 @@ class Rollout:
             rows_per_write: rows gathered before they are handed over, unless one `recv` brings more.
             write_every_s: longest time, in seconds, that a row waits to be handed over while the environments answer.
             seed: of the action noise and the random actions.
-            lane_offset: added to lane numbers in what is written and logged.
         """
         self.version = 0  # of the policy; 0 is none yet
         self.episodes: deque[Episode] = deque(maxlen=EPISODE_LOG)
@@ -68,7 +66,6 @@ class Rollout:
         self._rows_per_write = rows_per_write
         self._write_every_s = write_every_s
         self._generator = np.random.default_rng(seed)
-        self._lane_offset = lane_offset
 
         schema = env.schema
         self._pending = schema.zeros(env.num_envs)  # (num_envs,) the row of each lane whose reward is not known yet
@@ -190,7 +187,7 @@ class Rollout:
                     return_=float(self._return[lane]),
                     length=int(self._length[lane]),
                     terminated=terminated,
-                    lane=lane + self._lane_offset,
+                    lane=lane,
                 )
                 self.episodes.append(episode)
                 self._episode_count += 1
@@ -212,7 +209,7 @@ class Rollout:
         if not self._waiting:
             self._waiting_since = time.perf_counter()
         begin, end = self._waiting, self._waiting + len(lanes)
-        np.add(lanes, self._lane_offset, out=self._lanes[begin:end])
+        self._lanes[begin:end] = lanes
         self._waiting = end
         return begin, end
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from configs.load import dump_config
 from configs.schema import RunConfig
 
@@ -36,6 +38,7 @@ def train(
     config: RunConfig,
     *,
     resume: str | Path | None = None,
+    console: Console | None = None,
     show: Show | None = None,
     command: Sequence[str] | None = None,
     started: float | None = None,
@@ -45,7 +48,8 @@ def train(
     Args:
         config: every setting; of a resumed run as well, which may change them.
         resume: folder of the run to go on with, from its newest whole checkpoint.
-        show: called with each metrics row, and with each line of text; None shows a live table.
+        console: where the live table is shown; None is standard output.
+        show: called with each metrics row, and with each line of text, in place of the live table.
         command: what is noted in run.json as the command.
         started: epoch seconds at which the command was started.
 
@@ -89,7 +93,7 @@ def train(
     with _stop_signals() as stopping, _removed_unless_begun(folder.path):
         if show is not None:
             return Run(folder.path, _run(folder, started, checkpoint, show, stopping))
-        with Live(folder.config) as live:
+        with Live(folder.config, console=console) as live:
 
             def display(row: dict[str, float] | None, line: str | None) -> None:
                 if row is not None:

@@ -89,7 +89,6 @@ def _train(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from cluster.api import train
-    from cluster.live import Live
     from replay.files import leftovers
 
     console = Console(stderr=as_json)
@@ -97,15 +96,8 @@ def _train(words: Sequence[str]) -> int:
         console.print(
             f"left by a dead run: {left.path} ({left.size / 2**20:.0f} MiB); `millrace clean` lists it", soft_wrap=True
         )
-    with Live(config, console=console) as live:
-
-        def show(row: dict[str, float] | None, line: str | None) -> None:
-            if row is not None:
-                live.update(row)
-            if line is not None:
-                live.say(line)
-
-        run = train(config, resume=resume, show=show, command=["millrace", "train", *words], started=_process_started())
+    started = _process_started()
+    run = train(config, resume=resume, console=console, command=["millrace", "train", *words], started=started)
     summary = run.summary
     if as_json:
         print(

@@ -187,10 +187,13 @@ class HeadWorker:
             assert self._evaluation is not None
             ray.wait([self._evaluation[0]], timeout=START_S)
             self._follow_evaluation()
-        for _ in range(3):  # a process may die even now, and is started again
-            self._stop_learner()
-            if self._checkpoint(head.evaluation_now):
-                break
+        if self._stop_asked and not self._weights[0]:
+            self._recorder.event("warning", "no checkpoint was written: stopped before the learner had started")
+        else:
+            for _ in range(3):  # a process may die even now, and is started again
+                self._stop_learner()
+                if self._checkpoint(head.evaluation_now):
+                    break
         summary = head.summary(stop_reason=reason)
         self._recorder.finish(summary)
         return summary
@@ -199,7 +202,7 @@ class HeadWorker:
         """Stop the learner, once it has started where it still does; the counts are final then."""
         self._collect()
         starting = self._children["learner"].starting
-        if starting is not None:
+        if starting is not None and (self._weights[0] or not self._stop_asked):
             ray.wait([starting], timeout=START_S)
             self._collect()
         self._ask_all("learner", "stop", 30.0)

@@ -144,7 +144,7 @@ def test_random_actions_first_then_the_policy() -> None:
     """Random steps carry version 0 and spread over [−1, 1]; without weights a rollout stays random; later rows name their policy."""
     env = make_env(EnvSettings(id="Pendulum-v1"), num_envs=4, seed=0)
     sink, policy = Sink(), Linear(env.schema)
-    rollout = Rollout(env, policy, sink, **{**ROOM, "random_steps": 400, "lane_offset": 8})
+    rollout = Rollout(env, policy, sink, **{**ROOM, "random_steps": 400})
     for _ in range(111):
         rollout.step()
     assert rollout.version == policy.calls == 0
@@ -154,9 +154,9 @@ def test_random_actions_first_then_the_policy() -> None:
     for _ in range(40):
         rollout.step()
     rollout.close()
-    rows = sink.lanes()[8]
-    assert sorted(sink.lanes()) == [8, 9, 10, 11]
-    assert {e.lane for e in rollout.episodes} <= {8, 9, 10, 11}
+    rows = sink.lanes()[0]
+    assert sorted(sink.lanes()) == [0, 1, 2, 3]
+    assert {e.lane for e in rollout.episodes} <= {0, 1, 2, 3}
     assert rows["policy_version"].tolist() == [0] * 111 + [5] + [9] * 39
     assert rows["action"][111] == 0
     random = np.concatenate([lane["action"][:111, 0] for lane in sink.lanes().values()])
