@@ -194,10 +194,12 @@ def _bench(words: Sequence[str]) -> int:
         raise UsageError(f"bench takes one of {', '.join(names)}" + (f"; did you mean {close}?" if close else ""))
     split = _split(words[1:], valued=["--seconds"], bare=["--json"])
     seconds = split.options.get("--seconds")
-    try:
-        from tests.benchmarks import run_benchmark
-    except ModuleNotFoundError as error:
-        raise UsageError("benchmarks are part of the source tree; run `millrace bench` from a checkout") from error
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "tests" / "benchmarks").is_dir():
+        raise UsageError("benchmarks are part of the source tree; install Millrace from a checkout: pip install -e .")
+    sys.path.insert(0, str(checkout))
+    from tests.benchmarks import run_benchmark
+
     try:
         limit = None if seconds is None else float(seconds)
     except ValueError:

@@ -19,7 +19,7 @@ import ray
 from cluster import parts
 from cluster.checkpoint import Checkpoints
 from cluster.files import read_json
-from cluster.head import Evaluation, Head, Tick
+from cluster.head import SILENT_S, Evaluation, Head, Tick
 from cluster.ray_workers import ActorWorker, EvaluatorWorker, LearnerWorker, ShardWorker
 from cluster.recorder import HEAD, LEARNER, Recorder, shard_file
 from cluster.runs import RunFolder
@@ -27,7 +27,8 @@ from replay.schema import StepSchema
 
 SHORTEST_S = 0.05  # between two looks at all processes
 ANSWER_S = 1.0  # where a process takes longer to answer, the head goes on with its last status
-START_S = 120.0  # the longest that processes may take to start, or to write their part of a checkpoint
+START_S = 120.0  # the longest that processes may take to start
+SAVE_S = 600.0  # the longest that a process may take to write its part of a checkpoint
 LINGER_S = 60.0  # how long the head of an ended run waits for a driver to ask how it ended
 MOST_RESTARTS, WITHIN_S = 5, 60.0  # a process that fails more often than this ends the run
 
@@ -170,7 +171,8 @@ class HeadWorker:
                 return reason
             if self._evaluation is None and self._weights[0] and self._head.evaluation_due():
                 self._begin_evaluation()
-            if self._head.checkpoint_due(time.monotonic()):
+            # Not while somebody does not answer: the checkpoint would wait for it, and nobody tell of the stall.
+            if self._head.checkpoint_due(time.monotonic()) and not self._silent(0.0):
                 self._checkpoint()
 
     def _finish(self, reason: str) -> dict[str, Any]:
@@ -192,7 +194,7 @@ class HeadWorker:
         else:
             for _ in range(3):  # a process may die even now, and is started again
                 self._stop_learner()
-                if self._checkpoint(head.evaluation_now):
+                if self._checkpoint(head.evaluation_now) or self._silent(SILENT_S):
                     break
         summary = head.summary(stop_reason=reason)
         self._recorder.finish(summary)
@@ -205,7 +207,8 @@ class HeadWorker:
         if starting is not None and (self._weights[0] or not self._stop_asked):
             ray.wait([starting], timeout=START_S)
             self._collect()
-        self._ask_all("learner", "stop", 30.0)
+        if not self._silent(SILENT_S):
+            self._ask_all("learner", "stop", 30.0)
         self._collect()
         self._tick()
 
@@ -516,10 +519,20 @@ class HeadWorker:
         if best:
             self._checkpoint(evaluation.mean, data)
 
+    def _silent(self, seconds: float) -> list[str]:
+        """The shards and the learner, where they have not answered for longer than this."""
+        asked = [
+            c for name, c in self._children.items() if name.startswith(("shard", "learner")) and c.asked is not None
+        ]
+        return [child.name for child in asked if time.monotonic() - child.asked_at > seconds]
+
     def _checkpoint(self, evaluation: float | None = None, policy: bytes | None = None) -> bool:
         """Write a checkpoint, or a line that says why there is none. Returns whether every process did its part."""
         shards = [self._children[f"shard {index}"] for index in range(self._config.replay.shards)]
         learner = self._children["learner"]
+        if silent := self._silent(SILENT_S):
+            self._recorder.event("warning", f"no checkpoint was written: no answer from {', '.join(silent)}")
+            return False
         if learner.starting is not None or learner.status.get("error"):
             if self._finishing:
                 self._recorder.event("warning", "no checkpoint was written: the learner was not running")
@@ -541,7 +554,7 @@ class HeadWorker:
 def _saved(answer: Any) -> Any:
     """What a process that wrote a file answers; an OSError there is one here, so that a full disk is known as one."""
     try:
-        return ray.get(answer, timeout=START_S)
+        return ray.get(answer, timeout=SAVE_S)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, OSError):
             raise OSError(error.cause.errno, str(error.cause)) from error

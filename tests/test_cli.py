@@ -112,7 +112,7 @@ def test_report_is_made_again(trained: tuple[Path, str], call: Call) -> None:
         ("train pendulum_sac --algorithm.discount 1.5", "algorithm.discount"),
         ("train pendulum_sac --actors.batch_size 9 --actors.envs 8", "must not exceed actors.envs"),
         ("train pendulum_sac --mode sync --address auto", "drop one of the two"),
-        ("train pendulum_sac --env.id Pendulum-v2 --replay.directory .", "did you mean Pendulum-v1?"),
+        ("train pendulum_sac --env.id Pendulum-v2 --replay.directory .", "nearest: Pendulum-v1"),
         ("train pendulum_sac --env.id CartPole-v1 --replay.directory .", "CartPole-v1 has discrete actions"),
         ("train pendulum_sac --env.id no_such_module:make --replay.directory .", "no_such_module"),
         ("train pendulum_sca", "pendulum_sac"),

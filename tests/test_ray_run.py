@@ -62,6 +62,10 @@ def ended(process: subprocess.Popen[str], tmp_path: Path) -> str:
     return log
 
 
+def log_lines(tmp_path: Path) -> list[str]:
+    return (tmp_path / "log").read_text().splitlines()
+
+
 def wait_until_gone(left: Callable[[], list[object]]) -> None:
     deadline = time.monotonic() + 10.0
     while found := left():
@@ -105,28 +109,34 @@ def test_a_run_survives_the_death_of_an_actor_and_of_the_learner(
     wait_until_gone(lambda: list(ray_cluster.workers()))
 
 
-def test_sigterm_checkpoints_and_the_run_is_resumed_with_its_counts(
+def test_a_private_ray_ends_by_ctrl_c_and_the_run_is_resumed_in_a_cluster_and_ends_by_sigterm(
     ray_cluster: RayCluster, start: Started, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "a"
-    process = start(
-        "pendulum_sac", *runs.SMALL, *TWO_OF_EACH, *GENTLE, "--name", "a", "--stop.steps", "1e9", cluster=ray_cluster
-    )
+    process = start("pendulum_sac", *runs.SMALL, *TWO_OF_EACH, *GENTLE, "--name", "a", "--stop.steps", "1e9")
+    runs.wait_for(lambda: [row for row in log_lines(tmp_path) if "first environment step" in row], process)
     runs.wait_for(lambda: "learner" in runs.pids(run), process)
-    time.sleep(1.5)  # in the middle
-    process.send_signal(signal.SIGTERM)
+    assert any(re.fullmatch(r"Ray dashboard: http://[\d.]+:\d+", line) for line in log_lines(tmp_path))
+    # It joined no cluster of the host.
+    assert ray_cluster.workers() == []
+    assert {os.getsid(pid) for pid in runs.pids(run).values()} == {process.pid}
+    # As a terminal does: to every process of the foreground group.
+    os.killpg(process.pid, signal.SIGINT)
     assert "stopped by a signal" in ended(process, tmp_path)
+    wait_until_gone(lambda: [p.pid for p in runs.session(process.pid)])
     first, before = runs.summary(run), runs.newest_checkpoint(run)
     assert runs.recount(before)[0] == first["steps"] == runs.head_counts(before)["env_steps"] > 0
     assert (run / "report.html").is_file()
     rows_before = read_metrics(run).num_rows
 
-    steps = first["steps"] + 1000
-    process = start("--resume", str(run), "--stop.steps", str(steps), cluster=ray_cluster)
-    ended(process, tmp_path)
+    process = start("--resume", str(run), cluster=ray_cluster)
+    runs.wait_for(lambda: len(runs.events(run, "start")) == 2, process)
+    time.sleep(1.0)  # in the middle
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by a signal" in ended(process, tmp_path)
     second, after = runs.summary(run), runs.newest_checkpoint(run)
-    assert second["steps"] >= steps
-    assert runs.recount(after)[0] == second["steps"]
+    assert second["steps"] > first["steps"]
+    assert runs.recount(after)[0] == second["steps"] == runs.head_counts(after)["env_steps"]
     assert second["updates"] == load_tensors(after / "learner.safetensors")[1]["updates"] >= first["updates"]
     rows = read_metrics(run).to_pylist()
     for name in ("env_steps", "updates", "episodes", "policy_version", "time_s"):
@@ -134,27 +144,6 @@ def test_sigterm_checkpoints_and_the_run_is_resumed_with_its_counts(
         assert values == sorted(values), name
     assert rows[rows_before]["replay_size"] >= first["steps"]
     wait_until_gone(lambda: list(ray_cluster.workers()))
-
-
-def test_a_private_ray_joins_no_cluster_of_the_host_and_ctrl_c_leaves_nothing_but_a_checkpoint(
-    ray_cluster: RayCluster, start: Started, tmp_path: Path
-) -> None:
-    run = tmp_path / "runs" / "a"
-    process = start(
-        "pendulum_sac", *runs.SMALL, *GENTLE, "--name", "a", "--stop.steps", "1e9", "--learners.updates_per_step", "0.1"
-    )
-    runs.wait_for(lambda: runs.events(run, "start") and "learner" in runs.pids(run), process)
-    log = (tmp_path / "log").read_text()
-    assert re.search(r"Ray dashboard: http://[\d.]+:\d+\n", log)
-    assert ray_cluster.workers() == []
-    assert {os.getsid(pid) for pid in runs.pids(run).values()} == {process.pid}
-    # As a terminal does: to every process of the foreground group.
-    os.killpg(process.pid, signal.SIGINT)
-    assert "stopped by a signal" in ended(process, tmp_path)
-    checkpoint = Checkpoints(run / "checkpoints").latest()
-    assert checkpoint is not None
-    assert checkpoint.env_steps == runs.summary(run)["steps"] == runs.recount(checkpoint.path)[0]
-    wait_until_gone(lambda: [p.pid for p in runs.session(process.pid)])
 
 
 @pytest.mark.slow

@@ -112,6 +112,8 @@ def _measure(config: RunConfig, seconds: float) -> dict[str, Any]:
         "ratio": actor / raw,
         "env_id": config.env.id,
         "envs": envs,
+        "batch_size": config.actors.batch_size,
+        "rows_per_write": config.actors.rows_per_write,
         "seconds": seconds,
     }
 
