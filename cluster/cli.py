@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ class UsageError(ValueError):
 
 
 @dataclass(frozen=True)
-class _Words:
+class Words:
     """A command line of settings: CONFIG first, then the command's own options, then settings."""
 
     config: str | None
@@ -47,7 +48,12 @@ class _Words:
     settings: list[str]
 
 
-def _split(words: Sequence[str], *, valued: Sequence[str], bare: Sequence[str]) -> _Words:
+def split_words(words: Sequence[str], *, valued: Sequence[str], bare: Sequence[str]) -> Words:
+    """Tell a command's own options, some with a value, from settings.
+
+    Raises:
+        UsageError: an option that takes a value has none.
+    """
     config: str | None = None
     options: dict[str, str | None] = {}
     settings: list[str] = []
@@ -67,11 +73,11 @@ def _split(words: Sequence[str], *, valued: Sequence[str], bare: Sequence[str]) 
             options[name] = value
         else:
             settings.append(word)
-    return _Words(config, options, settings)
+    return Words(config, options, settings)
 
 
 def _train(words: Sequence[str]) -> int:
-    split = _split(words, valued=["--resume"], bare=["--json", "--help", "-h"])
+    split = split_words(words, valued=["--resume"], bare=["--json", "--help", "-h"])
     resume, as_json = split.options.get("--resume"), "--json" in split.options
     source: str | Path | None = split.config
     if resume is not None:
@@ -192,25 +198,14 @@ def _bench(words: Sequence[str]) -> int:
     if not words or words[0] not in names:
         close = nearest(words[0], names) if words else None
         raise UsageError(f"bench takes one of {', '.join(names)}" + (f"; did you mean {close}?" if close else ""))
-    split = _split(words[1:], valued=["--seconds"], bare=["--json"])
-    seconds = split.options.get("--seconds")
     checkout = Path(__file__).resolve().parents[1]
     if not (checkout / "tests" / "benchmarks").is_dir():
         raise UsageError("benchmarks are part of the source tree; install Millrace from a checkout: pip install -e .")
-    sys.path.insert(0, str(checkout))
-    from tests.benchmarks import run_benchmark
-
-    try:
-        limit = None if seconds is None else float(seconds)
-    except ValueError:
-        raise UsageError(f"--seconds expects a number of seconds, got {seconds!r}") from None
-    found = run_benchmark(words[0], split.config, split.settings, seconds=limit)
-    if "--json" in split.options:
-        print(json.dumps(found))
-    else:
-        for name, value in found.items():
-            print(f"{name:<28} {value:.4g}" if isinstance(value, float) else f"{name:<28} {value}")
-    return 0
+    paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    # -P: a package named tests in the user's folder is not ours.
+    command = [sys.executable, "-P", "-m", "tests.benchmarks", *words]
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def _clean(words: Sequence[str]) -> int:

@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +19,18 @@ from cluster import parts
 from cluster.checkpoint import Checkpoints
 from cluster.files import read_json
 from cluster.head import SILENT_S, Evaluation, Head, Tick
+from cluster.ray_children import START_S, Child, Children, RunError, short
 from cluster.ray_workers import ActorWorker, EvaluatorWorker, LearnerWorker, ShardWorker
 from cluster.recorder import HEAD, LEARNER, Recorder, shard_file
 from cluster.runs import RunFolder
 from replay.schema import StepSchema
 
 SHORTEST_S = 0.05  # between two looks at all processes
-ANSWER_S = 1.0  # where a process takes longer to answer, the head goes on with its last status
-START_S = 120.0  # the longest that processes may take to start
+STOP_S = 10.0  # how long an actor may take to stop, a learner thrice that
 SAVE_S = 600.0  # the longest that a process may take to write its part of a checkpoint
 LINGER_S = 60.0  # how long the head of an ended run waits for a driver to ask how it ended
-MOST_RESTARTS, WITHIN_S = 5, 60.0  # a process that fails more often than this ends the run
 
 log = logging.getLogger(__name__)
-
-
-class RunError(Exception):
-    """What ends a run that cannot go on."""
-
-
-@dataclass
-class _Child:
-    """A process the head has started."""
-
-    name: str
-    worker: Any  # Ray's handle
-    starting: Any = None  # answer of its `start`, until that is in
-    status: dict[str, Any] = field(default_factory=dict)
-    asked: Any = None  # answer of its `status` that has not come yet
-    asked_at: float = 0.0  # monotonic
-    writer: str = ""  # of an actor: the name it writes under
-    failures: deque[float] = field(default_factory=deque)
 
 
 @ray.remote
@@ -73,10 +53,9 @@ class HeadWorker:
         state = None if self._resume is None else read_json(self._resume / HEAD)
         self._head = Head(self._config, wall_started=started, state=state)
         self._recorder = Recorder(self._folder, self._head, show=self._show)
-        self._namespace = ray.get_runtime_context().namespace
         self._self = ray.get_runtime_context().current_actor
         self._born = itertools.count()
-        self._children: dict[str, _Child] = {}
+        self._children = Children(ray.get_runtime_context().namespace, tell=self._recorder.event)
         self._addresses: list[str] = []
         self._ports: list[int] = []
         self._weights: tuple[int, bytes, Any] = (0, b"", None)
@@ -86,7 +65,6 @@ class HeadWorker:
         self._first_step_told = False
         self._first_step: float | None = None  # monotonic
         self._finishing = False
-        self._lost: set[str] = set()  # actors that died while the run was ending
         self._shown: deque[tuple[dict[str, float] | None, str | None]] = deque()
         self._shown_before = 0  # shown earlier, and let go of
         self._stop_asked: str | None = None
@@ -144,9 +122,7 @@ class HeadWorker:
         finally:
             try:
                 self._recorder.close()
-                self._ask_all("shard", "close", 10.0)  # their storage would stay in memory
-                for name in list(self._children):
-                    self._kill(name)
+                self._children.close()
             except Exception:  # the driver waits for the outcome all the same
                 log.exception("the run was not cleaned up")
         self._outcome = outcome
@@ -172,14 +148,14 @@ class HeadWorker:
             if self._evaluation is None and self._weights[0] and self._head.evaluation_due():
                 self._begin_evaluation()
             # Not while somebody does not answer: the checkpoint would wait for it, and nobody tell of the stall.
-            if self._head.checkpoint_due(time.monotonic()) and not self._silent(0.0):
+            if self._head.checkpoint_due(time.monotonic()) and not self._children.silent(0.0):
                 self._checkpoint()
 
     def _finish(self, reason: str) -> dict[str, Any]:
         head = self._head
         self._finishing = True
         # Actors first: one that waits for room in the replay needs the learner to go on.
-        self._ask_all("actor", "stop", 10.0)
+        self._children.ask_all("actor", "stop", STOP_S, timeout_s=STOP_S + 5.0)
         self._stop_learner()
         if self._evaluation is not None and not self._stop_asked:  # who asks to stop has no time for it
             ray.wait([self._evaluation[0]], timeout=START_S)
@@ -194,7 +170,7 @@ class HeadWorker:
         else:
             for _ in range(3):  # a process may die even now, and is started again
                 self._stop_learner()
-                if self._checkpoint(head.evaluation_now) or self._silent(SILENT_S):
+                if self._checkpoint(head.evaluation_now) or self._children.silent(SILENT_S):
                     break
         summary = head.summary(stop_reason=reason)
         self._recorder.finish(summary)
@@ -207,26 +183,10 @@ class HeadWorker:
         if starting is not None and (self._weights[0] or not self._stop_asked):
             ray.wait([starting], timeout=START_S)
             self._collect()
-        if not self._silent(SILENT_S):
-            self._ask_all("learner", "stop", 30.0)
+        if not self._children.silent(SILENT_S):
+            self._children.ask_all("learner", "stop", 3 * STOP_S, timeout_s=3 * STOP_S + 5.0)
         self._collect()
         self._tick()
-
-    def _ask_all(self, kind: str, method: str, timeout_s: float) -> None:
-        """Call a method of every process of a kind and wait; one that fails or takes too long is left behind."""
-        children = [c for name, c in self._children.items() if name.startswith(kind)]
-        if method == "stop":
-            children = [c for c in children if c.starting is None and c.name not in self._lost]
-        arguments = (timeout_s,) if method == "stop" else ()
-        answers = [getattr(child.worker, method).remote(*arguments) for child in children]
-        done, _ = ray.wait(answers, num_returns=len(answers), timeout=timeout_s + 5.0)
-        for child, answer in zip(children, answers, strict=True):
-            try:
-                if answer not in done:
-                    raise TimeoutError(f"no answer within {timeout_s:g} s")
-                ray.get(answer)
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                self._recorder.event("warning", f"{child.name} could not {method}: {_short(error)}")
 
     # --------------------------------------------------------------- processes
 
@@ -253,30 +213,6 @@ class HeadWorker:
         version = max(counts.version + 1, parts.FIRST_VERSION)
         self._start_learner(None if self._resume is None else self._resume / LEARNER, version)
 
-    def _make(self, name: str, kind: Any, *arguments: Any, cpus: float, gpus: float = 0.0) -> _Child:
-        """A new detached process; one of the same name must be dead."""
-        failures = self._children[name].failures if name in self._children else deque()
-        options = kind.options(
-            name=name.replace(" ", "-"),
-            namespace=self._namespace,
-            lifetime="detached",
-            num_cpus=cpus,
-            num_gpus=gpus,
-            max_restarts=0,
-            max_concurrency=4,
-        )
-        deadline = time.monotonic() + START_S
-        while True:
-            try:
-                worker = options.remote(*arguments)
-                break
-            except ValueError:  # Ray has not yet let go of the dead one's name
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-        child = self._children[name] = _Child(name, worker, failures=failures)
-        return child
-
     def _spawn_shard(self, index: int) -> None:
         spec = parts.shard_spec(
             self._config,
@@ -285,32 +221,32 @@ class HeadWorker:
             run=self._folder.path.name,
             incarnation=self._incarnation(),
         )
-        self._make(f"shard {index}", ShardWorker, spec, cpus=0.0)
+        self._children.make(f"shard {index}", ShardWorker, spec, cpus=0.0)
 
     def _start_shard(self, index: int, snapshot: Path | None) -> None:
         name = f"shard {index}"
         child = self._children[name]
         limiter = None if index == 0 else self._addresses[0]
         path = None if snapshot is None else str(snapshot)
-        answer = self._get(child.worker.start.remote(limiter, path, self._ports[index]), name)
+        answer = self._children.answer(name, child.worker.start.remote(limiter, path, self._ports[index]))
         self._addresses[index], self._ports[index] = answer["address"], answer["port"]
         child.status = answer["status"]
         self._head.rebase(name, child.status)
-        self._started(name, answer["process"])
+        self._children.started(name, answer["process"])
 
     def _restore_limiter(self) -> None:
-        shards = [c.status for name, c in self._children.items() if name.startswith("shard") and c.status]
+        shards = [child.status for child in self._children.of("shard") if child.status]
         counts = self._head.counts
         counts.sampled = parts.samples_used(self._config, counts)
         counters = parts.limiter_counters(
             self._config, inserted=counts.env_steps, sampled=counts.sampled, shards=shards
         )
-        self._get(self._children["shard 0"].worker.restore_limiter.remote(counters), "shard 0")
+        self._children.answer("shard 0", self._children["shard 0"].worker.restore_limiter.remote(counters))
 
     def _spawn_actor(self, index: int) -> None:
         self._next_episode[f"actor {index}"] = 0
         incarnation = self._incarnation()
-        child = self._make(
+        child = self._children.make(
             f"actor {index}",
             ActorWorker,
             self._config,
@@ -328,7 +264,7 @@ class HeadWorker:
         gpus = settings.gpus
         if gpus is None:
             gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0)) if settings.device != "cpu" else 0.0
-        self._make(
+        self._children.make(
             "learner",
             LearnerWorker,
             self._config,
@@ -345,65 +281,38 @@ class HeadWorker:
             self._addresses, None if checkpoint is None else str(checkpoint), version
         )
 
-    def _started(self, name: str, process: dict[str, Any]) -> None:
-        text = f"{name} runs as process {process['pid']} on {process['node']}"
-        if "health" in process:
-            text += f", health service at {process['health']}"
-        self._recorder.event("process", text, shown=False)
-
     def _incarnation(self) -> int:
         """Tells every process that this run ever starts from every other, for their seeds."""
         return (self._head.counts.incarnation << 20) + next(self._born)
 
-    def _get(self, answer: Any, name: str) -> Any:
-        try:
-            return ray.get(answer, timeout=START_S)
-        except ray.exceptions.GetTimeoutError:
-            raise RunError(f"{name} did not start within {START_S:g} s; see Ray's logs") from None
-        except ray.exceptions.RayError as error:
-            raise RunError(f"{name} could not start: {_short(error)}") from error
-
-    def _kill(self, name: str) -> None:
-        child = self._children.pop(name)
-        try:
-            ray.kill(child.worker)
-        except ray.exceptions.RayError as error:
-            log.warning("%s could not be ended: %s", name, error)
-
-    def _restart(self, child: _Child, why: str) -> None:
+    def _restart(self, child: Child, why: str) -> None:
         """Put a new process in the place of a dead or failed one."""
-        if self._finishing and child.name.startswith("actor"):
-            self._lost.add(child.name)
-            self._recorder.event("warning", f"{child.name} {why} while the run was ending")
+        name = child.name
+        if self._finishing and child.kind == "actor":
+            self._children.lost.add(name)
+            self._recorder.event("warning", f"{name} {why} while the run was ending")
             return
-        name, now = child.name, time.monotonic()
-        child.failures.append(now)
-        while now - child.failures[0] > WITHIN_S:
-            child.failures.popleft()
-        if len(child.failures) > MOST_RESTARTS:
-            raise RunError(f"{name} failed {len(child.failures)} times within {WITHIN_S:g} s: {why}")
-        ray.kill(child.worker)
+        self._children.clear_for_restart(child, why)
         self._head.counts.restarts += 1
-        kind, _, number = name.partition(" ")
         checkpoint = Checkpoints(self._folder.checkpoints, keep=self._config.checkpoints.keep).latest()
-        if kind == "actor":
-            for shard in parts.shards_of_actor(self._config, int(number)):
+        if child.kind == "actor":
+            for shard in parts.shards_of_actor(self._config, child.index):
                 self._children[f"shard {shard}"].worker.end_writer.remote(child.writer)
-            self._spawn_actor(int(number))
+            self._spawn_actor(child.index)
             self._head.rebase(name, {})
             fresh = self._children[name]
             fresh.starting = fresh.worker.start.remote(self._addresses)
             told = "a new one takes its place"
-        elif kind == "shard":
+        elif child.kind == "shard":
             lost = int(child.status.get("items", 0))
-            self._spawn_shard(int(number))
+            self._spawn_shard(child.index)
             usable = checkpoint is not None and self._config.checkpoints.replay
-            self._start_shard(int(number), shard_file(checkpoint.path, int(number)) if checkpoint and usable else None)
+            self._start_shard(child.index, shard_file(checkpoint.path, child.index) if checkpoint and usable else None)
             kept = int(self._children[name].status["items"])
             if name == "shard 0":
                 self._restore_limiter()
             else:
-                self._get(self._children["shard 0"].worker.lost.remote(lost - kept), "shard 0")
+                self._children.answer("shard 0", self._children["shard 0"].worker.lost.remote(lost - kept))
             told = f"a new one serves {kept} of its {lost} steps, from the last checkpoint"
         else:
             before = self._head.counts.updates
@@ -419,47 +328,13 @@ class HeadWorker:
     # ----------------------------------------------------------------- watching
 
     def _collect(self) -> None:
-        """Ask every process for its status, and start the dead ones again."""
-        watched = [c for name, c in self._children.items() if name != "evaluator" and name not in self._lost]
-        for child in watched:
-            if child.asked is None and child.starting is None:
-                after = (self._next_episode[child.name],) if child.name.startswith("actor") else ()
-                child.asked, child.asked_at = child.worker.status.remote(*after), time.monotonic()
-        pending = {c.asked or c.starting: c for c in watched}
-        asked = [c.asked for c in watched if c.asked is not None]
-        if asked:
-            ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
-        done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0.0)
-        # Shards first: the other processes need theirs to start.
-        for answer in sorted(done, key=lambda answer: not pending[answer].name.startswith("shard")):
-            child = pending[answer]
-            try:
-                value = ray.get(answer)
-            except ray.exceptions.RayActorError:
-                self._restart(child, "died")
-                continue
-            except ray.exceptions.RayError as error:
-                if child.starting is not None:  # what could not start now will not start again
-                    raise RunError(f"{child.name} could not start: {_short(error)}") from error
-                self._restart(child, f"failed: {_short(error)}")
-                continue
-            if child.starting is not None:
-                child.starting = None
-                self._started(child.name, value)
-                continue
-            child.asked, child.status = None, value
-            if failure := value.get("error"):
-                if value["error_type"] == "FloatingPointError":
-                    raise RunError(f"{child.name}: {failure}")
-                self._restart(child, f"failed: {failure}")
-        for child in watched:
-            child.status["silent_s"] = 0.0 if child.asked is None else time.monotonic() - child.asked_at
+        """Take in every process's status, and start the dead ones again."""
+        after = {name: (index,) for name, index in self._next_episode.items()}
+        for child, why in self._children.look(after):
+            self._restart(child, why)
 
     def _tick(self) -> None:
-        def statuses(kind: str) -> dict[str, dict[str, Any]]:
-            return {n: c.status for n, c in self._children.items() if n.startswith(kind) and len(c.status) > 1}
-
-        actors = statuses("actor")
+        actors = self._children.statuses("actor")
         returns: list[float] = []
         lengths: list[int] = []
         for name, status in actors.items():
@@ -473,13 +348,13 @@ class HeadWorker:
                 self._first_step = time.monotonic() - (time.time() - status["first_step_at"])
                 seconds = status["first_step_at"] - self._wall_started
                 self._recorder.event("start", f"first environment step {seconds:.1f} s after the command")
-        learner = statuses("learner").get("learner", {})
+        learner = self._children.statuses("learner").get("learner", {})
         # Actors may act with weights that the learner's last status does not know of.
         self._head.counts.version = max(self._head.counts.version, self._weights[0])
         tick = Tick(
             time=time.monotonic(),
             actors=actors,
-            shards=statuses("shard"),
+            shards=self._children.statuses("shard"),
             learner=learner,
             learner_metrics=learner.get("metrics", {}),
             returns=returns,
@@ -494,7 +369,7 @@ class HeadWorker:
 
     def _begin_evaluation(self) -> None:
         if "evaluator" not in self._children:
-            self._make("evaluator", EvaluatorWorker, self._config, self._schema, cpus=0.0)
+            self._children.make("evaluator", EvaluatorWorker, self._config, self._schema, cpus=0.0)
         version, data, reference = self._weights
         evaluator = self._children["evaluator"]
         self._evaluation = (evaluator.worker.evaluate.remote(reference), self._head.counts.env_steps, version, data)
@@ -510,8 +385,8 @@ class HeadWorker:
         try:
             returns, seconds = ray.get(answer)
         except ray.exceptions.RayError as error:
-            self._recorder.event("warning", f"the evaluation at step {step} failed: {_short(error)}")
-            self._kill("evaluator")
+            self._recorder.event("warning", f"the evaluation at step {step} failed: {short(error)}")
+            self._children.kill("evaluator")
             return
         evaluation = Evaluation(step, version, tuple(returns), seconds)
         best = self._head.evaluated(evaluation)
@@ -519,18 +394,11 @@ class HeadWorker:
         if best:
             self._checkpoint(evaluation.mean, data)
 
-    def _silent(self, seconds: float) -> list[str]:
-        """The shards and the learner, where they have not answered for longer than this."""
-        asked = [
-            c for name, c in self._children.items() if name.startswith(("shard", "learner")) and c.asked is not None
-        ]
-        return [child.name for child in asked if time.monotonic() - child.asked_at > seconds]
-
     def _checkpoint(self, evaluation: float | None = None, policy: bytes | None = None) -> bool:
         """Write a checkpoint, or a line that says why there is none. Returns whether every process did its part."""
         shards = [self._children[f"shard {index}"] for index in range(self._config.replay.shards)]
         learner = self._children["learner"]
-        if silent := self._silent(SILENT_S):
+        if silent := self._children.silent(SILENT_S):
             self._recorder.event("warning", f"no checkpoint was written: no answer from {', '.join(silent)}")
             return False
         if learner.starting is not None or learner.status.get("error"):
@@ -546,7 +414,7 @@ class HeadWorker:
             )
         except ray.exceptions.RayError as error:
             # A process died meanwhile: the next look at it starts it again, and what was written is gone.
-            self._recorder.event("warning", f"no checkpoint was written: {_short(error)}")
+            self._recorder.event("warning", f"no checkpoint was written: {short(error)}")
             return False
         return True
 
@@ -559,11 +427,3 @@ def _saved(answer: Any) -> Any:
         if isinstance(error.cause, OSError):
             raise OSError(error.cause.errno, str(error.cause)) from error
         raise
-
-
-def _short(error: BaseException) -> str:
-    """The last line of an error, which in Ray's names the cause."""
-    if isinstance(error, ray.exceptions.RayActorError):
-        return "a process died"  # Ray's own text is a page about what may have killed it
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

@@ -102,10 +102,9 @@ class RateLimiter:
         size = self.inserted - self.removed
         if side == "sample" and size < self.min_size:
             return f"actors to insert: the table holds {size} of the {self.min_size} steps of replay.min_size"
-        lead = self.inserted * self.samples_per_insert - self.sampled
         if side == "sample":
-            return f"actors to insert: {self.sampled} samples drawn of {self.inserted} inserts × {self.samples_per_insert:g} allowed"
-        return f"the learner to sample: {lead - self.high:.0f} samples behind, beyond replay.error_buffer"
+            return f"actors to insert: {self.sampled} samples drawn, as many as {self.inserted} inserts allow"
+        return f"the learner to sample: {self.sampled} samples drawn, too few for more than {self.inserted} inserts"
 
 
 class LeasedLimiter:

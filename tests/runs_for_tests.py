@@ -55,7 +55,7 @@ def start(
     )
 
 
-def wait_for(true: Callable[[], Any], process: subprocess.Popen[str], timeout_s: float = 60.0) -> Any:
+def wait_for(true: Callable[[], Any], process: subprocess.Popen[Any], timeout_s: float = 60.0) -> Any:
     """What `true` returns, as soon as that is true; fails when the process ends first."""
     deadline = time.monotonic() + timeout_s
     while not (found := true()):

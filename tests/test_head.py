@@ -79,9 +79,11 @@ def test_steps_that_arrive_between_the_last_tick_and_a_checkpoint_are_counted_on
 def test_seconds_in_states_are_summed_over_processes_and_restarts() -> None:
     head = make_head()
     actors = {"actor 0": actor(env_s=1.0, silent_s=3.0), "actor 1": actor(env_s=2.0)}
-    head.tick(Tick(1.0, actors, {"shard 0": shard(1, **{"time/insert_s": 0.5})}))
+    head.tick(Tick(1.0, actors, {"shard 0": shard(1, **dict[str, Any]({"time/insert_s": 0.5}))}))
     head.rebase("actor 0", {})
-    row = head.tick(Tick(2.0, {"actor 0": actor(env_s=0.25)}, {"shard 0": shard(1, **{"time/insert_s": 0.75})}))
+    row = head.tick(
+        Tick(2.0, {"actor 0": actor(env_s=0.25)}, {"shard 0": shard(1, **dict[str, Any]({"time/insert_s": 0.75}))})
+    )
     assert row["time/actor/env_s"] == pytest.approx(3.25)
     assert row["time/shard/insert_s"] == pytest.approx(0.75)
     assert "time/actor/silent_s" not in row  # how long a process has not answered is no state of it

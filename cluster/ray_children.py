@@ -1,0 +1,213 @@
+"""The processes that the head of a run has started under Ray: made, asked, found dead, ended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+START_S = 120.0  # the longest that a process may take to start
+ANSWER_S = 1.0  # where a process takes longer to answer, the head goes on with its last status
+MOST_RESTARTS, WITHIN_S = 5, 60.0  # a process that fails more often than this ends the run
+
+log = logging.getLogger(__name__)
+
+
+class RunError(Exception):
+    """What ends a run that cannot go on."""
+
+
+@dataclass
+class Child:
+    """A process the head has started; its name is a kind, and a number where there are several: `actor 3`."""
+
+    name: str
+    worker: Any  # Ray's handle
+    starting: Any = None  # answer of its `start`, until that is in
+    status: dict[str, Any] = field(default_factory=dict)
+    asked: Any = None  # answer of its `status` that has not come yet
+    asked_at: float = 0.0  # monotonic
+    writer: str = ""  # of an actor: the name it writes under
+    failures: deque[float] = field(default_factory=deque)
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(" ")[0]
+
+    @property
+    def index(self) -> int:
+        return int(self.name.partition(" ")[2])
+
+
+class Children:
+    """All processes of a run by name, but for the head."""
+
+    def __init__(self, namespace: str, *, tell: Callable[..., None]) -> None:
+        """`tell` is `Recorder.event`."""
+        self._namespace = namespace
+        self._tell = tell
+        self._children: dict[str, Child] = {}
+        self.lost: set[str] = set()  # dead ones that nobody takes the place of
+
+    def __getitem__(self, name: str) -> Child:
+        return self._children[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._children
+
+    def of(self, kind: str) -> list[Child]:
+        """The processes of one kind."""
+        return [child for child in self._children.values() if child.kind == kind]
+
+    def statuses(self, kind: str) -> dict[str, dict[str, Any]]:
+        """Newest status of the processes of a kind that have told one."""
+        return {child.name: child.status for child in self.of(kind) if len(child.status) > 1}
+
+    def make(self, name: str, kind: Any, *arguments: Any, cpus: float, gpus: float = 0.0) -> Child:
+        """A new detached process; one of the same name must be dead."""
+        failures = self._children[name].failures if name in self._children else deque()
+        options = kind.options(
+            name=name.replace(" ", "-"),
+            namespace=self._namespace,
+            lifetime="detached",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_restarts=0,
+            max_concurrency=4,
+        )
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                worker = options.remote(*arguments)
+                break
+            except ValueError:  # Ray has not yet let go of the dead one's name
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        child = self._children[name] = Child(name, worker, failures=failures)
+        return child
+
+    def started(self, name: str, process: Mapping[str, Any]) -> None:
+        """Note where a process runs."""
+        text = f"{name} runs as process {process['pid']} on {process['node']}"
+        if "health" in process:
+            text += f", health service at {process['health']}"
+        self._tell("process", text, shown=False)
+
+    def answer(self, name: str, reference: Any) -> Any:
+        """Wait for an answer that a run cannot start without.
+
+        Raises:
+            RunError: it did not come, or was an error.
+        """
+        try:
+            return ray.get(reference, timeout=START_S)
+        except ray.exceptions.GetTimeoutError:
+            raise RunError(f"{name} did not start within {START_S:g} s; see Ray's logs") from None
+        except ray.exceptions.RayError as error:
+            raise RunError(f"{name} could not start: {short(error)}") from error
+
+    def ask_all(self, kind: str, method: str, *arguments: Any, timeout_s: float) -> None:
+        """Call a method of every started process of a kind and wait; one that fails or takes too long is left behind."""
+        children = [c for c in self.of(kind) if c.starting is None and c.name not in self.lost]
+        answers = [getattr(child.worker, method).remote(*arguments) for child in children]
+        done, _ = ray.wait(answers, num_returns=len(answers), timeout=timeout_s) if answers else ([], [])
+        for child, answer in zip(children, answers, strict=True):
+            try:
+                if answer not in done:
+                    raise TimeoutError(f"no answer within {timeout_s:g} s")
+                ray.get(answer)
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                self._tell("warning", f"{child.name} could not {method}: {short(error)}")
+
+    def look(self, arguments: Mapping[str, tuple[Any, ...]]) -> list[tuple[Child, str]]:
+        """Ask every process that tells a status for it; take what has come. Returns the failed ones, and why.
+
+        `arguments`: of the call, by name of the process. Shards come first, for the others need theirs to start.
+
+        Raises:
+            RunError: a process could not start, or its loss is no longer a number.
+        """
+        watched = [c for c in self._children.values() if c.kind != "evaluator" and c.name not in self.lost]
+        for child in watched:
+            if child.asked is None and child.starting is None:
+                child.asked = child.worker.status.remote(*arguments.get(child.name, ()))
+                child.asked_at = time.monotonic()
+        pending = {child.asked or child.starting: child for child in watched}
+        asked = [child.asked for child in watched if child.asked is not None]
+        if asked:
+            ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
+        done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0.0)
+        failed = []
+        for answer in sorted(done, key=lambda answer: pending[answer].kind != "shard"):
+            child = pending[answer]
+            if (why := self._take(child, answer)) is not None:
+                failed.append((child, why))
+        for child in watched:
+            child.status["silent_s"] = 0.0 if child.asked is None else time.monotonic() - child.asked_at
+        return failed
+
+    def _take(self, child: Child, answer: Any) -> str | None:
+        """Take in an answer to `start` or `status`. Returns why the process has failed, where it has."""
+        try:
+            value = ray.get(answer)
+        except ray.exceptions.RayActorError:
+            return "died"
+        except ray.exceptions.RayError as error:
+            if child.starting is not None:  # what could not start now will not start again
+                raise RunError(f"{child.name} could not start: {short(error)}") from error
+            return f"failed: {short(error)}"
+        if child.starting is not None:
+            child.starting = None
+            self.started(child.name, value)
+            return None
+        child.asked, child.status = None, value
+        if value.get("error_type") == "FloatingPointError":
+            raise RunError(f"{child.name}: {value['error']}")
+        return f"failed: {value['error']}" if "error" in value else None
+
+    def clear_for_restart(self, child: Child, why: str) -> None:
+        """End what is left of a failed process, so that another can take its name.
+
+        Raises:
+            RunError: it has failed too often in a short time.
+        """
+        now = time.monotonic()
+        child.failures.append(now)
+        while now - child.failures[0] > WITHIN_S:
+            child.failures.popleft()
+        if len(child.failures) > MOST_RESTARTS:
+            raise RunError(f"{child.name} failed {len(child.failures)} times within {WITHIN_S:g} s: {why}")
+        ray.kill(child.worker)
+
+    def silent(self, seconds: float) -> list[str]:
+        """The shards and the learner, where they have not answered for longer than this."""
+        asked = [c for c in (*self.of("shard"), *self.of("learner")) if c.asked is not None]
+        return [child.name for child in asked if time.monotonic() - child.asked_at > seconds]
+
+    def kill(self, name: str) -> None:
+        """End a process at once."""
+        child = self._children.pop(name)
+        try:
+            ray.kill(child.worker)
+        except ray.exceptions.RayError as error:
+            log.warning("%s could not be ended: %s", name, error)
+
+    def close(self) -> None:
+        """End all processes, shards by asking: their storage would stay in memory."""
+        self.ask_all("shard", "close", timeout_s=10.0)
+        for name in list(self._children):
+            self.kill(name)
+
+
+def short(error: BaseException) -> str:
+    """The last line of an error, which in Ray's names the cause."""
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "a process died"  # Ray's own text is a page about what may have killed it
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
