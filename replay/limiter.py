@@ -104,7 +104,7 @@ class RateLimiter:
             return f"actors to insert: the table holds {size} of the {self.min_size} steps of replay.min_size"
         if side == "sample":
             return f"actors to insert: {self.sampled} samples drawn, as many as {self.inserted} inserts allow"
-        return f"the learner to sample: {self.sampled} samples drawn, too few for more than {self.inserted} inserts"
+        return f"the learner to sample: {self.sampled} samples drawn, too few for more than {self.inserted} inserts (replay.error_buffer)"
 
 
 class LeasedLimiter:

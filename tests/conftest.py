@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The same examples in every run, and no time limit per example: a busy machine is no failure.
 settings.register_profile("millrace", deadline=None, derandomize=True)
 settings.load_profile("millrace")
+
+
+@pytest.fixture(autouse=True)
+def _denormals() -> Iterator[None]:
+    """A learner in this process flushes denormal numbers to zero, which the next test need not expect."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -369,7 +369,7 @@ def test_yaml_round_trip(tmp_path_factory: pytest.TempPathFactory, kwargs: dict[
 def test_dump_is_plain_yaml() -> None:
     config = load_config("pendulum_sac")
     data = yaml.safe_load(dump_config(config))
-    assert data["algorithm"]["hidden"] == [256, 256]
+    assert data["algorithm"]["hidden"] == [128, 128]
     assert RunConfig.model_validate(data) == config
 
 
@@ -383,7 +383,7 @@ def test_help_names_every_setting_and_fits_80_columns() -> None:
         assert f"{field.info.description} Takes {field.expected} [{field.unit}]." in flat
     assert "--actors.envs (default: 16)" in flat
     assert "--stop.mean_return (default: -200.0)" in flat
-    assert "--algorithm.hidden (default: 256 256)" in flat
+    assert "--algorithm.hidden (default: 128 128)" in flat
 
 
 def test_nearest() -> None:
