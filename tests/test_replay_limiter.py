@@ -26,7 +26,10 @@ def test_either_side_runs_ahead_by_the_error_buffer_and_no_further() -> None:
     limiter = RateLimiter(samples_per_insert=2.0, min_size=10, error_buffer=6.0)
     assert limiter.acquire("insert", 13, timeout_s=0.0)  # (13 − 10) · 2 = 6
     assert not limiter.acquire("insert", 1, timeout_s=0.0)
-    assert limiter.why("insert") == "the learner to sample: 0 samples drawn, too few for more than 13 inserts (replay.error_buffer)"
+    assert (
+        limiter.why("insert")
+        == "the learner to sample: 0 samples drawn, too few for more than 13 inserts (replay.error_buffer)"
+    )
     assert limiter.acquire("sample", 12, timeout_s=0.0)  # 26 − 12 = 20 − 6
     assert not limiter.acquire("sample", 1, timeout_s=0.0)
     assert limiter.why("sample") == "actors to insert: 12 samples drawn, as many as 13 inserts allow"
