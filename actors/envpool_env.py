@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import difflib
 import json
 import os
@@ -154,19 +153,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _load_opengl() -> None:
-    # MuJoCo's loader looks for a library named libEGL or libGL in the process, and EnvPool's own copy is named otherwise.
-    if sys.platform == "linux":
-        for name in ("libEGL.so.1", "libGL.so.1", "libOSMesa.so"):
-            try:
-                ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-            except OSError:
-                continue
-            return
-
-
 def _render_once(env_id: str, kwargs: Mapping[str, Any], scratch: str) -> None:
-    _load_opengl()
     pool = envpool.make(env_id, env_type="gymnasium", num_envs=1, render_mode="rgb_array", **kwargs)
     pool.reset()
     os.chdir(scratch)  # MuJoCo writes a log into the current directory when it fails
@@ -190,4 +177,3 @@ def _check_rendering(env_id: str, kwargs: Mapping[str, Any]) -> None:
             f"EnvPool's renderer cannot draw {env_id!r} on this machine: {reason}. MuJoCo tasks need OpenGL: on Debian or "
             "Ubuntu without a screen install libegl1 and libgl1-mesa-dri"
         )
-    _load_opengl()
