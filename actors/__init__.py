@@ -17,5 +17,6 @@ def _load_opengl() -> None:
         return
 
 
+envpool_was_first = "envpool" in sys.modules  # then it is too late: see `actors.envpool_env._check_rendering`
 if sys.platform == "linux":
     _load_opengl()

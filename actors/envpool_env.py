@@ -17,6 +17,7 @@ import envpool
 import numpy as np
 from numpy.typing import NDArray
 
+import actors
 from actors.protocol import BoolArray, EnvError, EnvStep, IntArray
 from actors.spaces import SpaceMap, lane_seeds
 from replay.schema import StepSchema
@@ -163,6 +164,8 @@ def _render_once(env_id: str, kwargs: Mapping[str, Any], scratch: str) -> None:
 def _check_rendering(env_id: str, kwargs: Mapping[str, Any]) -> None:
     """Draw one frame in another process, because a renderer without OpenGL ends the process it runs in."""
     code = "import json, sys; from actors import envpool_env as e; e._render_once(*json.loads(sys.argv[1]))"
+    if actors.envpool_was_first:  # as it is in this process
+        code = "import envpool; " + code
     with tempfile.TemporaryDirectory() as scratch:
         child = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code, json.dumps([env_id, dict(kwargs), scratch])],
@@ -175,5 +178,5 @@ def _check_rendering(env_id: str, kwargs: Mapping[str, Any]) -> None:
         reason = (child.stderr.strip() or child.stdout.strip() or f"exit status {child.returncode}").splitlines()[-1]
         raise EnvError(
             f"EnvPool's renderer cannot draw {env_id!r} on this machine: {reason}. MuJoCo tasks need OpenGL: on Debian or "
-            "Ubuntu without a screen install libegl1 and libgl1-mesa-dri"
+            "Ubuntu without a screen install libegl1 and libgl1-mesa-dri; in Python import actors before envpool"
         )

@@ -132,11 +132,12 @@ class SyncRun:
         try:
             self._loop.publish()
             reason = self._train(stopping)
+            for rollout, _ in self._actors:
+                rollout.close()
+            self._tick(ending=True)  # the rows that waited in the actors count as well
             if self._head.final_evaluation_due:
                 self._evaluate()
                 self._tick(ending=True)
-            for rollout, _ in self._actors:
-                rollout.close()
             self._checkpoint(self._head.evaluation_now)
             summary = self._head.summary(stop_reason=reason)
             self._recorder.finish(summary)

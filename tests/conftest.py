@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Waiting OpenMP threads spin: with more of them than idle cores, every process of a test slows to a fraction.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +15,8 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import settings
 
+import actors  # noqa: F401  before any test imports EnvPool, for MuJoCo's renderer
 from tests.runs_for_tests import RayCluster
-
-# Waiting OpenMP threads spin: with more of them than idle cores, every process of a test slows to a fraction.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples in every run, and no time limit per example: a busy machine is no failure.
 settings.register_profile("millrace", deadline=None, derandomize=True)
