@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from configs.load import dump_config
 from configs.schema import RunConfig
+
+if TYPE_CHECKING:
+    from cluster.checkpoint import Checkpoint
+    from cluster.runs import RunFolder
 
 Show = Callable[[dict[str, float] | None, str | None], None]
 
@@ -59,8 +63,6 @@ def train(
         RuntimeError: the run failed; the message says why.
     """
     from actors.envs import check_env
-    from cluster.checkpoint import Checkpoints
-    from cluster.files import write_atomically
     from cluster.live import Live
     from cluster.runs import RunFolder
 
@@ -68,29 +70,11 @@ def train(
     command = [sys.executable, *sys.argv] if command is None else command
     schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
     check_algorithm(config, schema)
-    checkpoint = None
-    if resume is None:
-        folder = RunFolder.create(config, command)
-    else:
-        path = Path(resume)
-        RunFolder.open(path)
-        config = config.model_copy(update={"name": path.name, "root": str(path.parent)})
-        checkpoints = Checkpoints(path / "checkpoints", keep=config.checkpoints.keep)
-        checkpoints.clean()
-        checkpoint = checkpoints.latest()
-        if checkpoint is None:
-            raise FileNotFoundError(f"{path} holds no whole checkpoint to go on from; start a new run")
-        held = len(list((checkpoint.path / "replay").glob("shard-*.arrow")))
-        if config.checkpoints.replay and held != config.replay.shards:
-            raise ValueError(
-                f"{checkpoint.path} holds the steps of {held} shards, and replay.shards is {config.replay.shards}; resume with "
-                f"--replay.shards {held}"
-                + ("" if held else " or with --no-checkpoints.replay, to begin with an empty replay")
-            )
-        write_atomically(path / "config.yaml", dump_config(config).encode())
-        folder = RunFolder.open(path)
-        folder.resumed(command)
-    with _stop_signals() as stopping, _removed_unless_begun(folder.path):
+    folder = RunFolder.create(config, command) if resume is None else RunFolder.open(Path(resume))
+    with folder.held(), _stop_signals() as stopping, _removed_unless_begun(folder.path):
+        checkpoint = None
+        if resume is not None:
+            folder, checkpoint = _resumed(folder, config, command)
         if show is not None:
             return Run(folder.path, _run(folder, started, checkpoint, show, stopping))
         with Live(folder.config, console=console) as live:
@@ -104,7 +88,34 @@ def train(
             return Run(folder.path, _run(folder, started, checkpoint, display, stopping))
 
 
-def _run(folder: Any, started: float, checkpoint: Any, show: Show, stopping: threading.Event) -> dict[str, Any]:
+def _resumed(folder: RunFolder, config: RunConfig, command: Sequence[str]) -> tuple[RunFolder, Checkpoint]:
+    """The folder of an earlier run with its new settings, and the checkpoint to go on from."""
+    from cluster.checkpoint import Checkpoints
+    from cluster.files import write_atomically
+
+    path = folder.path
+    config = config.model_copy(update={"name": path.name, "root": str(path.parent)})
+    checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoints.keep)
+    checkpoints.clean()
+    checkpoint = checkpoints.latest()
+    if checkpoint is None:
+        raise FileNotFoundError(f"{path} holds no whole checkpoint to go on from; start a new run")
+    shards = len(list((checkpoint.path / "replay").glob("shard-*.arrow")))
+    if config.checkpoints.replay and shards != config.replay.shards:
+        raise ValueError(
+            f"{checkpoint.path} holds the steps of {shards} shards, and replay.shards is {config.replay.shards}; resume with "
+            f"--replay.shards {shards}"
+            + ("" if shards else " or with --no-checkpoints.replay, to begin with an empty replay")
+        )
+    write_atomically(path / "config.yaml", dump_config(config).encode())
+    folder = type(folder)(path, config)
+    folder.resumed(command)
+    return folder, checkpoint
+
+
+def _run(
+    folder: RunFolder, started: float, checkpoint: Checkpoint | None, show: Show, stopping: threading.Event
+) -> dict[str, Any]:
     if folder.config.mode == "sync":
         from cluster.sync import SyncRun
 
@@ -131,7 +142,7 @@ def _removed_unless_begun(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if {file.name for file in path.iterdir()} == {"config.yaml", "run.json"}:
+        if {file.name for file in path.iterdir()} == {"config.yaml", "run.json", ".lock"}:
             shutil.rmtree(path)
         raise
 

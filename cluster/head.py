@@ -169,6 +169,8 @@ class Head:
         if self.first_step_at is None:
             moved = counts.env_steps > steps_before
             self.first_step_at = tick.time if tick.first_step is None and moved else tick.first_step
+            if self.first_step_at is not None:  # another node's clock may be ahead
+                self.first_step_at = min(self.first_step_at, tick.time)
         if self.first_step_at is not None:
             counts.time_s = self._time_before + tick.time - self.first_step_at
         row: dict[str, float] = {
@@ -184,7 +186,8 @@ class Head:
         }
         if previous is not None and tick.time > previous.time:
             seconds = tick.time - previous.time - tick.paused_s
-            self._rate = (counts.env_steps - steps_before) / (tick.time - previous.time)
+            if counts.env_steps > steps_before:  # between two writes of the actors nothing seems to move
+                self._rate = (counts.env_steps - steps_before) / (tick.time - previous.time)
             if not (tick.evaluating or previous.evaluating or tick.ending) and self.first_step_at is not None:
                 counts.trained_s += seconds
                 counts.trained_steps += counts.env_steps - steps_before
@@ -299,7 +302,9 @@ class Head:
 
     def seconds_to_due(self) -> float:
         """Time until the next evaluation or the stop is due, at the present rate; infinite where nothing moves."""
-        return max(0.0, self.next_due - self.counts.env_steps) / self._rate if self._rate else math.inf
+        stop = self.config.stop.steps or math.inf
+        ahead = [due for due in (self.next_due, stop) if due > self.counts.env_steps]
+        return (min(ahead) - self.counts.env_steps) / self._rate if ahead and self._rate else math.inf
 
     @property
     def next_due(self) -> float:

@@ -11,15 +11,16 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.files import write_atomically
+from cluster.files import DiskFullError, is_disk_full, write_atomically
 
 FOLDER = "metrics"
 _PART = re.compile(r"part-(\d{6,})(?:-(\d{6,}))?\.parquet")
@@ -48,6 +49,7 @@ class MetricsWriter:
         # Only when rows follow older ones may TensorBoard have to drop events of steps that are now taken again.
         self._resumed = bool(parts)
         self._events: Any = None
+        self._events_ended = False
         self._closed = False
 
     def write(self, row: Mapping[str, float | None]) -> None:
@@ -77,7 +79,7 @@ class MetricsWriter:
             if len(singles) >= _MOST_PARTS:
                 _merge(self._folder, singles)
         if self._events is not None:
-            self._events.flush()
+            self._on_events(self._events.flush)
 
     def close(self) -> None:
         """Write what is buffered and merge all parts into one; a second call does nothing."""
@@ -87,7 +89,7 @@ class MetricsWriter:
         self.flush()
         _merge(self._folder, _parts(self._folder))
         if self._events is not None:
-            self._events.close()
+            self._on_events(self._events.close)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -99,11 +101,30 @@ class MetricsWriter:
 
     def _write_events(self, row: Mapping[str, float | None]) -> None:
         step = int(row.get("env_steps") or 0)
-        if self._events is None:
-            self._events = _summary_writer(self._folder / "tensorboard", purge_step=step if self._resumed else None)
-        for key, value in row.items():
-            if value is not None and math.isfinite(value):
-                self._events.add_scalar(key, value, step)
+        if self._events is None and not self._events_ended:
+            self._on_events(lambda: self._open_events(step))
+        if self._events is not None:
+            values = {key: value for key, value in row.items() if value is not None and math.isfinite(value)}
+            self._on_events(lambda: self._events.write_event(_event(step, values)))
+
+    def _open_events(self, step: int) -> None:
+        """Begin an event file, written in this thread: tensorboardX's own thread dies of a full disk, and its queue blocks."""
+        folder = self._folder / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._events = _tensorboard().EventsWriter(str(folder / "events"))
+        if self._resumed:  # TensorBoard drops the events of steps that are taken again
+            self._events.write_event(_tensorboard().Event(step=step, session_log={"status": "START"}))
+
+    def _on_events(self, act: Callable[[], object]) -> None:
+        """Do something with the event file. What a full disk has cut short cannot be gone on with: it ends there."""
+        try:
+            act()
+        except OSError as error:
+            self._events, self._events_ended = None, True
+            if not is_disk_full(error):
+                raise
+            advice = "the TensorBoard events end here; the Parquet metrics go on once there is room"
+            raise DiskFullError(self._folder, what="TensorBoard events", needed=1 << 16, advice=advice) from error
 
 
 def read_metrics(folder: Path) -> pa.Table:
@@ -185,14 +206,21 @@ def _merge(folder: Path, parts: list[tuple[int, int, Path]]) -> None:
             span[2].unlink()
 
 
-def _summary_writer(folder: Path, *, purge_step: int | None) -> Any:
-    # tensorboardX imports torch where it finds it, only to accept tensors: 1.5 s and 200 MB for a process that has none.
+@cache
+def _tensorboard() -> SimpleNamespace:
+    """What is used of tensorboardX, which imports torch where it finds it, only to accept tensors: 1.5 s and 200 MB."""
     hide = "torch" not in sys.modules
     if hide:
         sys.modules["torch"] = None  # type: ignore[assignment]
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
     finally:
         if hide:
             del sys.modules["torch"]
-    return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+    return SimpleNamespace(EventsWriter=EventsWriter, Event=Event)
+
+
+def _event(step: int, values: Mapping[str, float]) -> Any:
+    scalars = [{"tag": key, "simple_value": value} for key, value in values.items()]
+    return _tensorboard().Event(wall_time=time.time(), step=step, summary={"value": scalars})

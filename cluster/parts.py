@@ -131,8 +131,8 @@ def make_rollout(
     )
 
 
-def save_learner(path: Path, algorithm: Sac, *, version: int) -> None:
-    """Write everything the learner needs to go on: parameters, optimiser, noise, counts.
+def save_learner(path: Path, algorithm: Sac, *, version: int) -> int:
+    """Write everything the learner needs to go on: parameters, optimiser, noise, counts. Returns the updates made.
 
     Raises:
         FloatingPointError: a loss or a parameter is not finite; nothing is written.
@@ -144,6 +144,7 @@ def save_learner(path: Path, algorithm: Sac, *, version: int) -> None:
     if broken:
         raise FloatingPointError(f"not finite after update {algorithm.updates}: {', '.join(broken)}")
     save_tensors(path, state, {"updates": algorithm.updates, "version": version})
+    return algorithm.updates
 
 
 def load_learner(path: Path, algorithm: Sac) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from cluster import parts
-from cluster.checkpoint import Checkpoints
+from cluster.checkpoint import Checkpoint, Checkpoints, read_manifest
 from cluster.files import read_json
 from cluster.head import SILENT_S, Evaluation, Head, Tick
 from cluster.ray_children import START_S, Child, Children, RunError, short
@@ -26,6 +26,8 @@ from cluster.runs import RunFolder
 from replay.schema import StepSchema
 
 SHORTEST_S = 0.05  # between two looks at all processes
+RETRY_S = 30.0  # until a checkpoint that could not be written is tried again
+EVALUATE_S = 1800.0  # the longest that the end of a run waits for an evaluation
 STOP_S = 10.0  # how long an actor may take to stop, a learner thrice that
 SAVE_S = 600.0  # the longest that a process may take to write its part of a checkpoint
 LINGER_S = 60.0  # how long the head of an ended run waits for a driver to ask how it ended
@@ -52,7 +54,8 @@ class HeadWorker:
         started = time.monotonic() - (time.time() - wall_started)
         state = None if self._resume is None else read_json(self._resume / HEAD)
         self._head = Head(self._config, wall_started=started, state=state)
-        self._recorder = Recorder(self._folder, self._head, show=self._show)
+        resumed = None if self._resume is None else read_manifest(self._resume)
+        self._recorder = Recorder(self._folder, self._head, show=self._show, resume=resumed)
         self._self = ray.get_runtime_context().current_actor
         self._born = itertools.count()
         self._children = Children(ray.get_runtime_context().namespace, tell=self._recorder.event)
@@ -60,6 +63,8 @@ class HeadWorker:
         self._ports: list[int] = []
         self._weights: tuple[int, bytes, Any] = (0, b"", None)
         self._weights_lock = threading.Lock()
+        self._unsaved_best: tuple[float, bytes] | None = None  # mean return and policy
+        self._tried_at = 0.0  # to write a checkpoint; monotonic
         self._evaluation: tuple[Any, int, int, bytes] | None = None  # answer, step, version, weights
         self._next_episode: dict[str, int] = {}
         self._first_step_told = False
@@ -120,11 +125,11 @@ class HeadWorker:
             outcome = {"error": text}
             self._recorder.event("error", text)
         finally:
-            try:
-                self._recorder.close()
-                self._children.close()
-            except Exception:  # the driver waits for the outcome all the same
-                log.exception("the run was not cleaned up")
+            for part in (self._recorder, self._children):
+                try:
+                    part.close()
+                except Exception:  # the driver waits for the outcome all the same
+                    log.exception("the run was not cleaned up")
         self._outcome = outcome
         # Where the driver has died, nobody else would end this process.
         time.sleep(LINGER_S)
@@ -148,33 +153,45 @@ class HeadWorker:
             if self._evaluation is None and self._weights[0] and self._head.evaluation_due():
                 self._begin_evaluation()
             # Not while somebody does not answer: the checkpoint would wait for it, and nobody tell of the stall.
-            if self._head.checkpoint_due(time.monotonic()) and not self._children.silent(0.0):
+            again = self._unsaved_best is not None and time.monotonic() - self._tried_at > RETRY_S
+            due_now = again or self._head.checkpoint_due(time.monotonic())
+            if due_now and not self._children.silent(0.0):
                 self._checkpoint()
 
     def _finish(self, reason: str) -> dict[str, Any]:
         head = self._head
         self._finishing = True
         # Actors first: one that waits for room in the replay needs the learner to go on.
+        for child in self._children.of("actor"):
+            if child.starting is not None:
+                self._children.lost.add(child.name)
+                ray.kill(child.worker)
         self._children.ask_all("actor", "stop", STOP_S, timeout_s=STOP_S + 5.0)
         self._stop_learner()
-        if self._evaluation is not None and not self._stop_asked:  # who asks to stop has no time for it
-            ray.wait([self._evaluation[0]], timeout=START_S)
-            self._follow_evaluation()
-        if head.final_evaluation_due:
+        if not self._stop_asked:  # who asks to stop has no time for it
+            self._await_evaluation()
+        if head.final_evaluation_due and self._weights[0] and self._evaluation is None:
             self._begin_evaluation()
-            assert self._evaluation is not None
-            ray.wait([self._evaluation[0]], timeout=START_S)
-            self._follow_evaluation()
+            self._await_evaluation()
         if self._stop_asked and not self._weights[0]:
             self._recorder.event("warning", "no checkpoint was written: stopped before the learner had started")
         else:
             for _ in range(3):  # a process may die even now, and is started again
                 self._stop_learner()
-                if self._checkpoint(head.evaluation_now) or self._children.silent(SILENT_S):
+                if self._checkpoint() or self._children.silent(SILENT_S):
                     break
         summary = head.summary(stop_reason=reason)
         self._recorder.finish(summary)
         return summary
+
+    def _await_evaluation(self) -> None:
+        if self._evaluation is not None:
+            ray.wait([self._evaluation[0]], timeout=EVALUATE_S)
+            self._follow_evaluation()
+            if self._evaluation is not None:
+                self._recorder.event(
+                    "warning", f"the last evaluation took longer than {EVALUATE_S:g} s and is left out"
+                )
 
     def _stop_learner(self) -> None:
         """Stop the learner, once it has started where it still does; the counts are final then."""
@@ -294,7 +311,6 @@ class HeadWorker:
             return
         self._children.clear_for_restart(child, why)
         self._head.counts.restarts += 1
-        checkpoint = Checkpoints(self._folder.checkpoints, keep=self._config.checkpoints.keep).latest()
         if child.kind == "actor":
             for shard in parts.shards_of_actor(self._config, child.index):
                 self._children[f"shard {shard}"].worker.end_writer.remote(child.writer)
@@ -304,6 +320,7 @@ class HeadWorker:
             fresh.starting = fresh.worker.start.remote(self._addresses)
             told = "a new one takes its place"
         elif child.kind == "shard":
+            checkpoint = self._latest()
             lost = int(child.status.get("items", 0))
             self._spawn_shard(child.index)
             usable = checkpoint is not None and self._config.checkpoints.replay
@@ -312,9 +329,11 @@ class HeadWorker:
             if name == "shard 0":
                 self._restore_limiter()
             else:
-                self._children.answer("shard 0", self._children["shard 0"].worker.lost.remote(lost - kept))
+                # Not waited for: where shard 0 is dead as well, its successor's limiter is set from the counts.
+                self._children["shard 0"].worker.lost.remote(lost - kept)
             told = f"a new one serves {kept} of its {lost} steps, from the last checkpoint"
         else:
+            checkpoint = self._latest()
             before = self._head.counts.updates
             self._spawn_learner()
             version = max(self._head.counts.version, self._weights[0]) + 1
@@ -324,6 +343,9 @@ class HeadWorker:
             self._head.counts.updates_lost += max(0, before - back)
             told = f"a new one goes on from update {back}, {max(0, before - back)} updates are lost"
         self._recorder.event("restart", f"{name} {why}; {told}")
+
+    def _latest(self) -> Checkpoint | None:
+        return Checkpoints(self._folder.checkpoints, keep=self._config.checkpoints.keep).latest()
 
     # ----------------------------------------------------------------- watching
 
@@ -392,30 +414,37 @@ class HeadWorker:
         best = self._head.evaluated(evaluation)
         self._recorder.event("evaluation", evaluation.text)
         if best:
-            self._checkpoint(evaluation.mean, data)
+            self._unsaved_best = (evaluation.mean, data)
+            self._checkpoint()
 
-    def _checkpoint(self, evaluation: float | None = None, policy: bytes | None = None) -> bool:
-        """Write a checkpoint, or a line that says why there is none. Returns whether every process did its part."""
+    def _checkpoint(self) -> bool:
+        """Write a checkpoint, or a line that says why there is none. Returns whether every process did its part.
+
+        It holds the best policy where that is in no checkpoint yet, else the newest.
+        """
+        self._tried_at = time.monotonic()
+        evaluation, policy = self._unsaved_best or (self._head.evaluation_now, self._weights[1])
         shards = [self._children[f"shard {index}"] for index in range(self._config.replay.shards)]
         learner = self._children["learner"]
         if silent := self._children.silent(SILENT_S):
             self._recorder.event("warning", f"no checkpoint was written: no answer from {', '.join(silent)}")
             return False
         if learner.starting is not None or learner.status.get("error"):
-            if self._finishing:
-                self._recorder.event("warning", "no checkpoint was written: the learner was not running")
+            self._recorder.event("warning", "no checkpoint was written: the learner was not running")
             return False
         try:
-            self._recorder.checkpoint(
+            written = self._recorder.checkpoint(
                 save_learner=lambda path: _saved(learner.worker.save.remote(str(path))),
                 save_shards=[lambda path, s=s: _saved(s.worker.save.remote(str(path))) for s in shards],  # type: ignore[misc]
-                policy=self._weights[1] if policy is None else policy,
+                policy=policy,
                 evaluation=evaluation,
             )
         except ray.exceptions.RayError as error:
             # A process died meanwhile: the next look at it starts it again, and what was written is gone.
             self._recorder.event("warning", f"no checkpoint was written: {short(error)}")
             return False
+        if written:
+            self._unsaved_best = None
         return True
 
 

@@ -236,10 +236,10 @@ class LearnerWorker:
                 failure = _failure(error)
         return {**self._loop.stats(), "metrics": {}, "waiting_for": None, **failure}
 
-    def save(self, path: str) -> None:
-        """Write the learner's state, taken between two updates."""
+    def save(self, path: str) -> int:
+        """Write the learner's state, taken between two updates. Returns the updates made."""
         with self._loop.between_updates():
-            parts.save_learner(Path(path), self._algorithm, version=int(self._loop.stats()["version"]))
+            return parts.save_learner(Path(path), self._algorithm, version=int(self._loop.stats()["version"]))
 
     def stop(self, timeout_s: float) -> None:
         """Stop updating, publish the last weights, and let go of the samples not used; a second call does nothing."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint import Checkpoints
+from cluster.checkpoint import Checkpoint, Checkpoints
 from cluster.files import DiskFullError, write_atomically, write_json
 from cluster.head import Head
 from cluster.metrics import MetricsWriter
@@ -28,9 +28,17 @@ class Recorder:
     """Writes the folder of one run; a full disk costs what could not be written, and is told, but ends no training."""
 
     def __init__(
-        self, folder: RunFolder, head: Head, *, show: Callable[[dict[str, float] | None, str | None], None]
+        self,
+        folder: RunFolder,
+        head: Head,
+        *,
+        show: Callable[[dict[str, float] | None, str | None], None],
+        resume: Checkpoint | None,
     ) -> None:
-        """`show` is called with each metrics row, and with each line of text."""
+        """
+        show: called with each metrics row, and with each line of text.
+        resume: the checkpoint that the run goes on from.
+        """
         self._folder = folder
         self._head = head
         self._show = show
@@ -38,6 +46,8 @@ class Recorder:
         self._checkpoints = Checkpoints(folder.checkpoints, keep=folder.config.checkpoints.keep)
         self._disk_full_told = False
         self._written: tuple[int, float | None, bytes] | None = None  # step, evaluation, policy of the last checkpoint
+        if resume is not None:
+            self._written = (resume.env_steps, resume.eval_mean_return, (resume.path / POLICY).read_bytes())
 
     def row(self, row: dict[str, float]) -> None:
         """Keep and show one metrics row."""
@@ -60,15 +70,16 @@ class Recorder:
     def checkpoint(
         self,
         *,
-        save_learner: Callable[[Path], None],
+        save_learner: Callable[[Path], int],
         save_shards: Sequence[Callable[[Path], dict[str, int]]],
         policy: bytes,
         evaluation: float | None = None,
-    ) -> None:
+    ) -> bool:
         """Write a checkpoint of the learner, the shards, the acting policy and the head's counts.
 
-        Each of `save_shards` writes its shard's steps to the path and returns the shard's counters then.
-        `evaluation` is the mean return of `policy`, where it was measured.
+        `save_learner` returns the updates made. Each of `save_shards` writes its shard's steps to the path and returns
+        the shard's counters then. `evaluation` is the mean return of `policy`, where it was measured. Returns whether
+        the checkpoint is there; if not, for the disk is full, a line has said so.
         """
         head, replay = self._head, self._folder.config.checkpoints.replay
         began, step = time.monotonic(), head.counts.env_steps
@@ -81,7 +92,7 @@ class Recorder:
             with self._checkpoints.write(
                 env_steps=step, updates=head.counts.updates, eval_mean_return=evaluation
             ) as path:
-                save_learner(path / LEARNER)
+                head.counts.updates = save_learner(path / LEARNER)
                 write_atomically(path / POLICY, policy)
                 shard_file(path, 0).parent.mkdir()
                 if replay:
@@ -91,11 +102,12 @@ class Recorder:
                 write_json(path / HEAD, head.state())
         except DiskFullError as error:
             self.event("warning", f"no checkpoint was written: {error}")
-        else:
-            self._written = (step, evaluation, policy)
-            text = f"checkpoint at step {head.counts.env_steps} in {time.monotonic() - began:.1f} s"
-            self.event("checkpoint", text, shown=False)
-        head.checkpointed(time.monotonic())
+            return False
+        finally:
+            head.checkpointed(time.monotonic())
+        self._written = (step, evaluation, policy)
+        self.event("checkpoint", f"checkpoint at step {step} in {time.monotonic() - began:.1f} s", shown=False)
+        return True
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary and the report."""
@@ -105,7 +117,7 @@ class Recorder:
         try:
             self._folder.finished(summary)
             write_report(self._folder.path)
-        except OSError as error:
+        except Exception as error:  # what was trained is worth more than a page about it
             self.event(
                 "warning", f"summary or report were not written: {error}; `millrace report` makes the report again"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -10,7 +11,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,26 @@ class RunFolder:
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"{file} cannot be used: {error}") from error
         return cls(path, config)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process from running in the folder.
+
+        Raises:
+            RuntimeError: another process holds it: the run is still going.
+        """
+        with open(self.path / ".lock", "a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.truncate(0)
+                lock.write(str(os.getpid()))
+                lock.flush()
+            except BlockingIOError:
+                lock.seek(0)
+                raise RuntimeError(f"{self.path} is still going, as process {lock.read().strip() or '?'}") from None
+            except OSError:  # a file system without locks, or a full one
+                pass
+            yield
 
     @property
     def checkpoints(self) -> Path:

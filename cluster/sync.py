@@ -66,6 +66,7 @@ class SyncRun:
         try:
             self._shards.extend(Shard.from_spec(spec, self._limiter) for spec in specs)
             self._assemble(schema, resume)
+            self._recorder = Recorder(folder, head, show=show, resume=resume)
         except BaseException:
             self._close_shards()
             raise
@@ -73,7 +74,6 @@ class SyncRun:
         self._evaluator: Evaluator | None = None
         self._paused_s = 0.0
         self._first_step: float | None = None
-        self._recorder = Recorder(folder, head, show=show)
 
     def _assemble(self, schema: StepSchema, resume: Checkpoint | None) -> None:
         """Make the learner and the actors."""
@@ -155,6 +155,7 @@ class SyncRun:
     def _train(self, stopping: threading.Event) -> str:
         every = max(ROW_STEPS, self._config.lanes)
         next_row = 0
+        before = self._head.counts.env_steps - sum(shard.inserted for shard in self._shards)  # of steps not kept
         while True:
             for rollout, _ in self._actors:
                 if rollout.version != self._version:
@@ -162,7 +163,7 @@ class SyncRun:
                 if rollout.step() and self._first_step is None:
                     self._first_step = time.monotonic()
             self._update()
-            steps = sum(shard.inserted for shard in self._shards)
+            steps = before + sum(shard.inserted for shard in self._shards)
             if steps >= min(next_row, self._head.next_due) or stopping.is_set():
                 next_row = steps - steps % every + every
                 self._tick()

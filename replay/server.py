@@ -8,7 +8,7 @@ Data plane, all on long-lived streams:
           what the reader has acknowledged. The metadata is the shard's mass; a stream that waits sends it with an
           empty batch, so that readers of several shards know how their masses change.
           DoPut descriptor {"acknowledge": id}: the number of a stream's batches used since the last message, as metadata.
-  DoAction lease {"side", "count", "block", "deleted", "timeout_s"}; stats; save {"path"}.
+  DoAction lease {"side", "count", "block", "deleted", "timeout_s"}; stats.
 """
 
 from __future__ import annotations
@@ -84,9 +84,19 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         self.shard = Shard.from_spec(spec, limiter)
         self._streams: dict[str, _Stream] = {}
         self._closing = threading.Event()
-        if restore is not None:
-            snapshot.load(self.shard, restore)
-        super().__init__(f"grpc://{spec.host}:{spec.port}")
+        try:
+            if restore is not None:
+                snapshot.load(self.shard, restore)
+            self._listen(spec)
+        except BaseException:
+            self.shard.close()
+            raise
+
+    def _listen(self, spec: ShardSpec) -> None:
+        try:
+            super().__init__(f"grpc://{spec.host}:{spec.port}")
+        except pa.ArrowException as error:
+            raise OSError(f"cannot listen on {spec.host}:{spec.port} ({error}); set replay.host") from error
         self.address = f"grpc://{spec.host}:{self.port}"
         self._health = grpc.server(ThreadPoolExecutor(max_workers=2, thread_name_prefix="health"))
         servicer = health.HealthServicer()
@@ -181,10 +191,8 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
                 answer: dict[str, Any] = {"granted": granted, "why": "" if granted else self._leader.why(side)}
             case "stats":
                 answer = self.stats()
-            case "save":
-                answer = self.save(Path(str(body["path"])))
             case unknown:
-                raise flight.FlightServerError(f"unknown action {unknown!r}; known are lease, stats, save")
+                raise flight.FlightServerError(f"unknown action {unknown!r}; known are lease, stats")
         return [json.dumps(answer).encode()]
 
     # ----------------------------------------------------------------- control

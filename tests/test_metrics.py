@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import struct
 import subprocess
 import sys
@@ -134,3 +135,32 @@ def _scalars(run_folder: Path) -> set[tuple[int, str, float]]:
             at += 16 + length
             scalars |= {(event.step, value.tag, value.simple_value) for value in event.summary.value}
     return scalars
+
+
+def test_a_full_disk_ends_the_events_and_only_delays_the_rows(tmp_path: Path) -> None:
+    """On a disk of 256 kB, in a mount namespace of its own: nothing blocks, and no row is lost once there is room."""
+    code = f"""
+from pathlib import Path
+from cluster.files import DiskFullError
+from cluster.metrics import MetricsWriter, read_metrics
+folder = Path({str(tmp_path)!r})
+writer, told = MetricsWriter(folder, rows_per_part=16), []
+for step in range(400):
+    try:
+        writer.write({{"env_steps": step}} | {{f"k{{n}}": float(step * n) for n in range(30)}})
+    except DiskFullError as error:
+        told.append(str(error))
+assert "TensorBoard events end here" in told[0], told[0]
+assert "metrics go on once there is room" in told[-1], told[-1]
+for events in (folder / "metrics" / "tensorboard").iterdir():
+    events.unlink()
+writer.close()
+assert read_metrics(folder)["env_steps"].to_pylist() == list(range(400))
+"""
+    unshare = shutil.which("unshare")
+    mount = ["sh", "-c", f'mount -t tmpfs -o size=256k none "{tmp_path}" && exec "$0" -c "$1"', sys.executable, code]
+    if unshare is None or subprocess.run([unshare, "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this system allows no mount namespace")
+    root = Path(__file__).parents[1]
+    done = subprocess.run([unshare, "-rm", *mount], cwd=root, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

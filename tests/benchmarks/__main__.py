@@ -6,7 +6,6 @@ import json
 import sys
 
 from cluster.cli import UsageError, split_words
-from configs.load import ConfigError
 from tests.benchmarks import run_benchmark
 
 
@@ -20,10 +19,10 @@ def main() -> int:
         except ValueError:
             raise UsageError(f"--seconds expects a number of seconds, got {given!r}") from None
         found = run_benchmark(name, split.config, split.settings, seconds=seconds)
-    except (ConfigError, UsageError) as error:
+    except ValueError as error:
         print(f"millrace: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         print(f"millrace: {error}", file=sys.stderr)
         return 1
     if "--json" in split.options:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import envpool
@@ -24,6 +22,7 @@ from learners.sac import Sac
 from replay.process import ShardProcess
 from replay.shard import ShardSpec
 from replay.writers import FlightWriter
+from tests.benchmarks import run_child
 
 ROUNDS = 10  # each measures everything once, so that a machine that drifts drifts for all
 
@@ -41,21 +40,7 @@ def bench(config: RunConfig, *, seconds: float) -> dict[str, Any]:
     Raises:
         RuntimeError: the measuring process failed; its error is in the message.
     """
-    # In a process of its own, as an actor is one: BLAS reads its thread count when numpy is imported, and a second BLAS
-    # thread, spinning while it waits, takes a core from the environments.
-    root = Path(__file__).resolve().parents[2]
-    child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.actors", str(seconds)],
-        input=config.model_dump_json(),
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if child.returncode != 0:
-        raise RuntimeError(f"the benchmark's process failed with exit status {child.returncode}:\n{child.stderr}")
-    result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return result
+    return run_child(__name__, str(seconds), config=config)
 
 
 def _measure(config: RunConfig, seconds: float) -> dict[str, Any]:

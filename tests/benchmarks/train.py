@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from configs.schema import RunConfig
+from tests.benchmarks import run_child
 
 ALONE_S = 0.2  # share of the run's time that the learner alone gets, half before and half after it
 
@@ -28,10 +26,10 @@ def bench(config: RunConfig, *, seconds: float) -> dict[str, Any]:
     Raises:
         RuntimeError: a measuring process failed; its error is in the message.
     """
-    alone = [_child("alone", config, seconds * ALONE_S / 2)]
+    alone = [run_child(__name__, "alone", str(seconds * ALONE_S / 2), config=config)]
     with tempfile.TemporaryDirectory(prefix="millrace-bench-") as root:
-        trained = _child("train", _for_benchmark(config, root, seconds), seconds)
-    alone.append(_child("alone", config, seconds * ALONE_S / 2))
+        trained = run_child(__name__, "train", str(seconds), config=_for_benchmark(config, root, seconds))
+    alone.append(run_child(__name__, "alone", str(seconds * ALONE_S / 2), config=config))
     alone_per_s = sum(a["updates_per_s"] for a in alone) / len(alone)
     return {
         **trained,
@@ -56,22 +54,6 @@ def _for_benchmark(config: RunConfig, root: str, seconds: float) -> RunConfig:
             "checkpoints": config.checkpoints.model_copy(update={"replay": False}),
         }
     )
-
-
-def _child(part: str, config: RunConfig, seconds: float) -> dict[str, Any]:
-    root = Path(__file__).resolve().parents[2]
-    child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.train", part, str(seconds)],
-        input=config.model_dump_json(),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if child.returncode != 0:
-        raise RuntimeError(f"the benchmark's process failed with exit status {child.returncode}:\n{child.stderr}")
-    found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return found
 
 
 def _train(config: RunConfig) -> dict[str, Any]:
