@@ -88,6 +88,8 @@ def _backend(settings: EnvSettings) -> Literal["envpool", "gymnasium"]:
 
 def _check_synchronous(settings: EnvSettings, batch_size: int | None, num_envs: int) -> None:
     if batch_size not in (None, num_envs):
+        if ":" not in settings.id and settings.id not in gymnasium_env.ids():
+            raise _unknown(settings)
         raise EnvError(
             f"actors.batch_size ({batch_size}) below actors.envs ({num_envs}) steps asynchronously, which needs EnvPool, and "
             f"{settings.id!r} comes from gymnasium; leave actors.batch_size unset"

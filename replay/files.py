@@ -7,11 +7,13 @@ import fcntl
 import mmap
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+LOCK_S = 1.0  # how long a file held by somebody else is waited for
 _NAME = re.compile(r"^millrace\.(?P<run>.+)\.shard(?P<shard>\d+)\.(?P<pid>\d+)\.rows$")
 
 
@@ -35,11 +37,18 @@ class StorageFile:
             raise OSError(
                 error.errno, f"cannot make a storage file in {directory} ({error.strerror}); set replay.directory"
             ) from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._fd)
-            raise OSError(error.errno, f"{self.path} is in use by another shard; give this run another name") from None
+        deadline = time.monotonic() + LOCK_S
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() < deadline:  # somebody may just be looking: see `leftovers`
+                    time.sleep(0.01)
+                    continue
+                os.close(self._fd)
+                text = f"{self.path} is in use by another shard; give this run another name"
+                raise OSError(error.errno, text) from None
         try:
             os.ftruncate(self._fd, 0)  # what a dead process of the same number left
             # Pages of a sparse file are found missing only when they are touched, as a SIGBUS; this finds it now.
