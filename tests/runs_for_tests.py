@@ -39,6 +39,11 @@ SMALL = [
 ]
 
 
+def sync_words(folder: Path) -> list[str]:
+    """Settings of a small lock-step run named `a`, with its storage under `folder`."""
+    return [*SMALL, "--mode", "sync", "--name", "a", "--replay.directory", str(folder)]
+
+
 def start(
     *words: str, cwd: Path, log: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:

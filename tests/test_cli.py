@@ -41,13 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A small run made by `millrace train --json` in a process of its own: its folder and standard output."""
     folder = tmp_path_factory.mktemp("cli")
     words = [
-        *runs.SMALL,
-        "--mode",
-        "sync",
-        "--name",
-        "a",
-        "--replay.directory",
-        str(folder),
+        *runs.sync_words(folder),
         "--learners.updates_per_step",
         "0.1",
     ]

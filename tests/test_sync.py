@@ -127,13 +127,7 @@ def test_a_run_ends_by_the_clock_or_when_it_is_solved(sync: Trained) -> None:
 def test_sigterm_leaves_a_whole_checkpoint_and_a_report(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "a"
     words = [
-        *runs.SMALL,
-        "--mode",
-        "sync",
-        "--name",
-        "a",
-        "--replay.directory",
-        str(tmp_path),
+        *runs.sync_words(tmp_path),
         "--learners.updates_per_step",
         "0.1",
     ]
@@ -156,13 +150,7 @@ def test_it_runs_with_ray_uninstalled(tmp_path: Path) -> None:
     words = [
         "train",
         "pendulum_sac",
-        *runs.SMALL,
-        "--mode",
-        "sync",
-        "--name",
-        "a",
-        "--replay.directory",
-        str(tmp_path),
+        *runs.sync_words(tmp_path),
         "--stop.steps",
         "300",
     ]
@@ -182,13 +170,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(runs.ROOT))
     words = [
-        *runs.SMALL,
-        "--mode",
-        "sync",
-        "--name",
-        "a",
-        "--replay.directory",
-        str(tmp_path),
+        *runs.sync_words(tmp_path),
         "--checkpoints.every_s",
         "1",
     ]
