@@ -56,6 +56,8 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing Millrace into $(VENV); the first time this takes some minutes."
 	@test -z "$(TORCH_INDEX)" || $(PIP) install --no-deps --index-url "$(TORCH_INDEX)" -c constraints.txt torch
 	@$(PIP) install -c constraints.txt -e .
+	@echo "Compiling the loops of the replay service."
+	@$(BIN)/python -m replay.warmup
 	@touch $@
 
 $(TESTS): $(BASE)

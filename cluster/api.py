@@ -58,16 +58,19 @@ def train(
         started: epoch seconds at which the command was started.
 
     Raises:
-        ValueError: the environment is unknown or does not fit the algorithm.
+        ValueError: the environment is unknown or does not fit the algorithm; actors and learner would wait for each other.
         FileExistsError, FileNotFoundError: the run's folder is there already; the one to resume is not, or has no checkpoint.
         RuntimeError: the run failed; the message says why.
     """
     from actors.envs import check_env
     from cluster.live import Live
+    from cluster.parts import check_limits
+    from cluster.recorder import settings_changed
     from cluster.runs import RunFolder
 
     started = time.time() if started is None else started
     command = [sys.executable, *sys.argv] if command is None else command
+    warnings = check_limits(config)
     schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
     check_algorithm(config, schema)
     folder = RunFolder.create(config, command) if resume is None else RunFolder.open(Path(resume))
@@ -75,7 +78,10 @@ def train(
         checkpoint = None
         if resume is not None:
             folder, checkpoint = _resumed(folder, config, command)
+            warnings += settings_changed(checkpoint.path, folder.config)
         if show is not None:
+            for line in warnings:
+                show(None, line)
             return Run(folder.path, _run(folder, started, checkpoint, show, stopping))
         with Live(folder.config, console=console) as live:
 
@@ -85,6 +91,8 @@ def train(
                 if line is not None:
                     live.say(line)
 
+            for line in warnings:
+                live.say(line)
             return Run(folder.path, _run(folder, started, checkpoint, display, stopping))
 
 
@@ -92,6 +100,7 @@ def _resumed(folder: RunFolder, config: RunConfig, command: Sequence[str]) -> tu
     """The folder of an earlier run with its new settings, and the checkpoint to go on from."""
     from cluster.checkpoint import Checkpoints
     from cluster.files import write_atomically
+    from cluster.recorder import replay_folder
 
     path = folder.path
     config = config.model_copy(update={"name": path.name, "root": str(path.parent)})
@@ -100,12 +109,9 @@ def _resumed(folder: RunFolder, config: RunConfig, command: Sequence[str]) -> tu
     checkpoint = checkpoints.latest()
     if checkpoint is None:
         raise FileNotFoundError(f"{path} holds no whole checkpoint to go on from; start a new run")
-    shards = len(list((checkpoint.path / "replay").glob("shard-*.arrow")))
-    if config.checkpoints.replay and shards != config.replay.shards:
+    if config.checkpoints.replay and not replay_folder(checkpoint.path).is_dir():
         raise ValueError(
-            f"{checkpoint.path} holds the steps of {shards} shards, and replay.shards is {config.replay.shards}; resume with "
-            f"--replay.shards {shards}"
-            + ("" if shards else " or with --no-checkpoints.replay, to begin with an empty replay")
+            f"{checkpoint.path} holds no steps; resume with --no-checkpoints.replay, to begin with an empty replay"
         )
     write_atomically(path / "config.yaml", dump_config(config).encode())
     folder = type(folder)(path, config)
@@ -142,7 +148,7 @@ def _removed_unless_begun(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if {file.name for file in path.iterdir()} == {"config.yaml", "run.json", ".lock"}:
+        if {file.name for file in path.iterdir()} == {"config.yaml", "run.json", "token", ".lock"}:
             shutil.rmtree(path)
         raise
 

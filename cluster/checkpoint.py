@@ -1,21 +1,23 @@
 """Checkpoints of a run: folders that are whole or absent, each with a manifest that says what must be in it.
 
-    checkpoints/step_000000012345/    learner.safetensors, replay/…, head.json, manifest.json
+    checkpoints/step_000000012345/    learner.safetensors, replay/shard-0/…, head.json, manifest.json
 
 A checkpoint is written in a hidden folder beside its place. The manifest comes last, everything is synced to disk, and one
 rename gives the folder its name, so a folder with a name is whole unless the disk itself loses data; the checksums find that.
+Files of steps that have not changed since the checkpoint before (`replay.snapshot`) are links to those in it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +112,8 @@ class Checkpoints:
         temporary.mkdir()
         try:
             yield temporary
-            files = tuple(_record(path, temporary) for path in sorted(temporary.rglob("*")) if path.is_file())
+            before = self.all()[-1:]
+            files = tuple(_record(path, temporary, before) for path in sorted(temporary.rglob("*")) if path.is_file())
             finite = eval_mean_return is not None and math.isfinite(eval_mean_return)
             write_json(
                 temporary / MANIFEST,
@@ -266,9 +269,16 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return tensors, metadata
 
 
-def _record(path: Path, folder: Path) -> FileRecord:
+def _record(path: Path, folder: Path, before: Sequence[Checkpoint]) -> FileRecord:
+    name, found = path.relative_to(folder).as_posix(), path.stat()
+    for checkpoint in before if found.st_nlink > 1 else ():
+        with suppress(OSError):
+            if os.path.samestat(found, (checkpoint.path / name).stat()):  # a link: it was summed and synced then
+                known = next((file for file in checkpoint.files if file.path == name), None)
+                if known is not None and known.size == found.st_size:
+                    return known
     sync(path)
-    return FileRecord(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, crc32=_crc32(path))
+    return FileRecord(path=name, size=found.st_size, crc32=_crc32(path))
 
 
 def _crc32(path: Path) -> int:

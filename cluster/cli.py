@@ -1,4 +1,4 @@
-"""The command line: `millrace train | eval | report | bench | clean`.
+"""The command line: `millrace train | eval | report | replay | bench | clean`.
 
 Exit codes: 0 done (also after Ctrl-C or SIGTERM, with a checkpoint), 1 the command failed, 2 it was asked for something
 impossible; what is wrong stands in the message, before any process is started.
@@ -28,7 +28,9 @@ millrace: distributed actor-learner system for online reinforcement learning
   millrace train [CONFIG] [--SETTING VALUE …] [--resume RUN] [--json]   train; `millrace train --help` lists the settings
   millrace eval RUN [--episodes N] [--seed S] [--checkpoint best|latest] [--video FILE.gif] [--json]
   millrace report RUN [--json]                                          make RUN/report.html again
+  millrace replay stats|export|import …                                 look into, export and fill a replay service or snapshot
   millrace bench actors|train [CONFIG] [--SETTING VALUE …] [--seconds S] [--json]
+  millrace bench replay [--seconds S] [--only PATTERN] [--peers] [--json]
   millrace clean [--directory DIR] [--yes] [--json]                     list (--yes: remove) storage of dead runs
 
 CONFIG is a YAML file; those that come with Millrace can be named by their short names, such as pendulum_sac.
@@ -190,10 +192,17 @@ def _report(words: Sequence[str]) -> int:
     return 0
 
 
+def _replay(words: Sequence[str]) -> int:
+    from cluster import replay_cli
+
+    return replay_cli.main(words)
+
+
 def _bench(words: Sequence[str]) -> int:
-    names = ["actors", "train"]
-    if {"-h", "--help"} & set(words):
+    names = ["actors", "train", "replay"]
+    if {"-h", "--help"} & set(words) and words[0] != "replay":
         print("millrace bench actors|train [CONFIG] [--SETTING VALUE …] [--seconds S] [--json]")
+        print("millrace bench replay [--help | …]")
         return 0
     if not words or words[0] not in names:
         close = nearest(words[0], names) if words else None
@@ -204,7 +213,9 @@ def _bench(words: Sequence[str]) -> int:
     paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     # -P: a package named tests in the user's folder is not ours.
-    command = [sys.executable, "-P", "-m", "tests.benchmarks", *words]
+    # That of the replay service takes no settings of a run.
+    command = [sys.executable, "-P", "-m"]
+    command += ["tests.benchmarks.replay", *words[1:]] if words[0] == "replay" else ["tests.benchmarks", *words]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
@@ -222,7 +233,7 @@ def _clean(words: Sequence[str]) -> int:
         for left in found:
             left.path.unlink(missing_ok=True)
     if chosen.json:
-        files = [{"path": str(left.path), "run": left.run, "pid": left.pid, "bytes": left.size} for left in found]
+        files = [{"path": str(left.path), "run": left.run, "shard": left.shard, "bytes": left.size} for left in found]
         print(json.dumps({"files": files, "removed": chosen.yes}))
         return 0
     for left in found:
@@ -256,6 +267,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "report": _report,
+    "replay": _replay,
     "bench": _bench,
     "clean": _clean,
 }

@@ -123,6 +123,12 @@ class Head:
         """A process was started again: what its counters now say was counted before."""
         self._last[process] = {k: float(v) for k, v in stats.items() if isinstance(v, int | float)}
 
+    def recovered(self, shard: str, stats: Stats) -> None:
+        """A shard was started again with the steps of the one before, those since its last status as well; its clocks are new."""
+        before = self._last.get(shard, {})
+        self.rebase(shard, stats)
+        self._last[shard] |= {key: before.get(key, 0.0) for key in ("inserted", "sampled")}
+
     def _delta(self, process: str, stats: Stats, key: str) -> float:
         return float(stats.get(key, 0.0)) - self._last.get(process, {}).get(key, 0.0)
 

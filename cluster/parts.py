@@ -11,9 +11,11 @@ import numpy as np
 
 from cluster.checkpoint import load_tensors, save_tensors
 from cluster.head import Counts
+from configs.load import ConfigError
 from configs.schema import RunConfig
-from replay.schema import StepSchema
-from replay.shard import ShardSpec
+from replay.limiter import LeasedLimiter, RateLimiter
+from replay.rate_limit import DeadlockError, RateLimit
+from replay.schema import StepSchema, Window
 from replay.writers import LaneWriter, Writer
 
 if TYPE_CHECKING:
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
     from learners.loop import LearnerLoop
     from learners.policy import SquashedGaussianPolicy
     from learners.sac import Sac
+    from replay.shard import Shard, ShardSpec  # they compile kernels, which head and actors have no use for
 
 FIRST_VERSION = 1  # 0 stands for random actions
+TABLE = "steps"
 _ROLES = ("shard", "sampler", "learner", "actor")
 
 
@@ -32,17 +36,56 @@ def seed_of(config: RunConfig, role: str, index: int = 0, incarnation: int = 0) 
     return int(sequence.generate_state(1)[0])
 
 
+def rate_limit(config: RunConfig) -> RateLimit:
+    """The pace of the one table."""
+    spi = config.samples_per_insert
+    buffer = config.error_buffer * spi
+    return RateLimit.from_samples_per_insert(spi, min_size=config.replay.min_size, error_buffer=buffer)
+
+
+def check_limits(config: RunConfig) -> list[str]:
+    """Look for settings under which actors and learner would wait for each other. Returns a line for each that may.
+
+    Raises:
+        ConfigError: they must.
+    """
+    actors, batch, shards = config.actors, config.learners.batch_size, config.replay.shards
+    write = max(actors.rows_per_write, actors.batch_size or actors.envs)
+    try:
+        if config.mode == "sync":  # all actors write before the learner samples
+            return rate_limit(config).check(
+                insert=write * actors.count, sample=batch, max_size=config.replay.capacity // 2
+            )
+        return rate_limit(config).check(
+            insert=actors.rows_per_write,
+            sample=-(-batch // shards),
+            max_size=config.replay.capacity // 2,
+            shards=shards,
+            insert_block=actors.rows_per_write,
+            sample_block=batch,
+        )
+    except DeadlockError as error:
+        raise ConfigError(str(error)) from None
+
+
+def window(config: RunConfig) -> Window:
+    """What the algorithm learns from."""
+    return Window(length=config.algorithm.n_step)
+
+
 def shard_spec(config: RunConfig, schema: StepSchema, index: int, *, run: str, incarnation: int) -> ShardSpec:
     """Settings of shard `index`; its limiter's address is still to be filled in."""
+    from replay.layout import TableSpec
+    from replay.shard import ShardSpec
+
     return ShardSpec(
         schema=schema.to_json(),
         run=run,
         index=index,
         capacity=config.replay.capacity // config.replay.shards,
         segment_steps=config.replay.segment_steps,
-        samples_per_insert=config.samples_per_insert,
-        min_size=config.replay.min_size,
-        error_buffer=config.error_buffer * config.samples_per_insert,
+        tables=(TableSpec(TABLE),),
+        limits=(rate_limit(config),),
         seed=seed_of(config, "shard", index, incarnation),
         directory=config.replay.directory,
         host=config.replay.host,
@@ -51,15 +94,61 @@ def shard_spec(config: RunConfig, schema: StepSchema, index: int, *, run: str, i
     )
 
 
-def limiter_counters(
-    config: RunConfig, *, inserted: int, sampled: int, shards: Sequence[Mapping[str, Any]]
-) -> dict[str, int]:
-    """Counters for the limiter of a table that goes on after a restart, from the run's counts and what the shards hold."""
-    items = sum(int(shard["items"]) for shard in shards)
+def shard_status(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """A shard's statistics, those of its one table among them, as the head counts them."""
+    table = stats["tables"][TABLE]
+    return {**{key: value for key, value in stats.items() if key != "tables"}, **table}
+
+
+def restore_shard(shard: Shard, replay: Path, *, shards: int) -> None:
+    """Fill an empty shard with its part, of `shards`, of what a checkpoint keeps.
+
+    Raises:
+        SnapshotError: a file is damaged or missing.
+        SchemaError: the steps have other fields.
+    """
+    from replay.restore import load
+    from replay.snapshot import SnapshotStore
+
+    # The checkpoint's own checksums are those of the same files.
+    load(shard, SnapshotStore(replay).all(), index=shard.index, count=shards, verify=False)
+    limiter = shard.table(TABLE).limiter
+    if isinstance(limiter, LeasedLimiter):
+        limiter.forget_deletions()  # the caller sets the limiter's counters, or tells it of what was lost
+
+
+def save_shard(shard: Shard, replay: Path, previous: Path | None) -> dict[str, int]:
+    """Write a shard's part of a checkpoint into the folder `replay`, all but what that of an earlier one, `previous`, holds.
+
+    Returns the counters it holds.
+    """
+    from replay.snapshot import SnapshotStore
+
+    before = None if previous is None else SnapshotStore(previous)
+    saved = SnapshotStore(replay).save(shard, shard=shard.index, previous=before)
+    counters: dict[str, int] = saved.header["tables"][TABLE]["counters"]
+    return counters
+
+
+def limiter_counters(config: RunConfig, *, inserted: int, sampled: int, items: int) -> dict[str, int]:
+    """Counters for the limiter of a table that goes on after a restart."""
     if items < config.replay.min_size:
         # The table fills up again as at the start of a run: what is inserted until then is not to be caught up on.
         sampled = math.floor((inserted - items) * config.samples_per_insert)
     return {"inserted": inserted, "sampled": sampled, "items": items}
+
+
+def limiter_sums(config: RunConfig, shards: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Counters for a limiter that was lost with its shard, from those of all shards."""
+    inserted, sampled, items = (sum(int(shard[key]) for shard in shards) for key in ("inserted", "sampled", "items"))
+    return limiter_counters(config, inserted=inserted, sampled=sampled, items=items)
+
+
+def set_limiter(shard: Shard, *, inserted: int, sampled: int, items: int) -> None:
+    """Set the counters of the limiter on shard 0 to the sums over all shards."""
+    limiter = shard.table(TABLE).limiter
+    assert isinstance(limiter, RateLimiter)
+    limiter.restore(inserted=inserted, sampled=sampled, removed=inserted - items)
 
 
 def samples_used(config: RunConfig, counts: Counts) -> int:

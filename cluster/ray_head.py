@@ -10,6 +10,8 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,12 @@ import ray
 
 from cluster import parts
 from cluster.checkpoint import Checkpoint, Checkpoints, read_manifest
-from cluster.files import read_json
+from cluster.files import read_json, write_json
 from cluster.head import SILENT_S, Evaluation, Head, Tick
-from cluster.ray_children import START_S, Child, Children, RunError, short
+from cluster.ray_children import ANSWER_S, START_S, Child, Children, RunError, short
 from cluster.ray_workers import ActorWorker, EvaluatorWorker, LearnerWorker, ShardWorker
-from cluster.recorder import HEAD, LEARNER, Recorder, shard_file
-from cluster.runs import RunFolder
-from replay.schema import StepSchema
+from cluster.recorder import HEAD, LEARNER, Recorder, replay_folder
+from cluster.runs import ADDRESSES, RunFolder
 
 SHORTEST_S = 0.05  # between two looks at all processes
 RETRY_S = 30.0  # until a checkpoint that could not be written is tried again
@@ -48,6 +49,7 @@ class HeadWorker:
         """
         self._folder = RunFolder.open(Path(folder))
         self._config = self._folder.config
+        self._security = self._folder.security()
         self._schema = schema
         self._resume = None if resume is None else Path(resume)
         self._wall_started = wall_started
@@ -125,6 +127,7 @@ class HeadWorker:
             outcome = {"error": text}
             self._recorder.event("error", text)
         finally:
+            (self._folder.path / ADDRESSES).unlink(missing_ok=True)
             for part in (self._recorder, self._children):
                 try:
                     part.close()
@@ -217,13 +220,12 @@ class HeadWorker:
         self._spawn_learner()
         self._addresses = [""] * config.replay.shards
         self._ports = [0] * config.replay.shards
+        kept = self._resume if config.checkpoints.replay else None
         for index in range(config.replay.shards):
-            snapshot = None
-            if self._resume is not None and config.checkpoints.replay:
-                snapshot = shard_file(self._resume, index)
-            self._start_shard(index, snapshot)
+            self._start_shard(index, kept)
         if self._resume is not None:
-            self._restore_limiter()
+            self._resume_limiter()
+        self._tell_addresses()
         for index in range(config.actors.count):
             child = self._children[f"actor {index}"]
             child.starting = child.worker.start.remote(self._addresses)
@@ -231,34 +233,86 @@ class HeadWorker:
         self._start_learner(None if self._resume is None else self._resume / LEARNER, version)
 
     def _spawn_shard(self, index: int) -> None:
-        spec = parts.shard_spec(
+        self._children.make(
+            f"shard {index}",
+            ShardWorker,
             self._config,
-            StepSchema.from_json(self._schema),
+            self._schema,
             index,
-            run=self._folder.path.name,
-            incarnation=self._incarnation(),
+            self._folder.path.name,
+            self._incarnation(),
+            self._security,
+            cpus=0.0,
         )
-        self._children.make(f"shard {index}", ShardWorker, spec, cpus=0.0)
 
-    def _start_shard(self, index: int, snapshot: Path | None) -> None:
+    def _start_shard(
+        self,
+        index: int,
+        checkpoint: Path | None,
+        *,
+        recover: bool = False,
+        others: list[dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Have a shard serve, with the steps of a checkpoint unless it recovers those of the one before; see its `start`."""
         name = f"shard {index}"
         child = self._children[name]
         limiter = None if index == 0 else self._addresses[0]
-        path = None if snapshot is None else str(snapshot)
-        answer = self._children.answer(name, child.worker.start.remote(limiter, path, self._ports[index]))
+        replay = None if checkpoint is None else str(replay_folder(checkpoint))
+        started = child.worker.start.remote(limiter, self._ports[index], replay, recover, others)
+        answer: dict[str, Any] = self._children.answer(name, started)
         self._addresses[index], self._ports[index] = answer["address"], answer["port"]
         child.status = answer["status"]
-        self._head.rebase(name, child.status)
         self._children.started(name, answer["process"])
+        if answer["recovered"]:
+            self._head.recovered(name, child.status)
+        else:
+            self._head.rebase(name, child.status)
+        return answer
 
-    def _restore_limiter(self) -> None:
-        shards = [child.status for child in self._children.of("shard") if child.status]
+    def _tell_addresses(self) -> None:
+        """For `millrace replay`, and whoever else wants to look into the service of a run."""
+        with suppress(OSError):  # a full disk costs them that
+            write_json(self._folder.path / ADDRESSES, {"addresses": self._addresses})
+
+    def _resume_limiter(self) -> None:
+        """Set the limiter of a run that goes on, before anybody inserts or samples."""
         counts = self._head.counts
         counts.sampled = parts.samples_used(self._config, counts)
-        counters = parts.limiter_counters(
-            self._config, inserted=counts.env_steps, sampled=counts.sampled, shards=shards
-        )
+        items = sum(int(child.status["items"]) for child in self._children.of("shard"))
+        counters = parts.limiter_counters(self._config, inserted=counts.env_steps, sampled=counts.sampled, items=items)
         self._children.answer("shard 0", self._children["shard 0"].worker.restore_limiter.remote(counters))
+
+    def _other_shards(self) -> list[dict[str, Any]]:
+        """Newest status of all shards but the first, from those that answer now."""
+        others = [child for child in self._children.of("shard") if child.index != 0]
+        answers = [child.worker.status.remote() for child in others]
+        ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S) if answers else None
+        found = []
+        for child, answer in zip(others, answers, strict=True):
+            try:
+                found.append(ray.get(answer, timeout=0.0))
+            except (ray.exceptions.RayError, TimeoutError):
+                found.append({"inserted": 0, "sampled": 0, "items": 0, **child.status})
+        return found
+
+    def _restart_shard(self, child: Child) -> str:
+        """Put a new shard in the place of a dead one. Returns what became of its steps."""
+        checkpoint = self._latest() if self._config.checkpoints.replay else None
+        before = int(child.status.get("items", 0))
+        others = self._other_shards() if child.index == 0 else None
+        self._spawn_shard(child.index)
+        usable = checkpoint is not None and replay_folder(checkpoint.path).is_dir()
+        path = checkpoint.path if checkpoint is not None and usable else None
+        answer = self._start_shard(child.index, path, recover=True, others=others)
+        self._tell_addresses()
+        kept = int(answer["status"]["items"])
+        if answer["recovered"]:
+            return f"a new one serves all its {kept} steps"
+        if child.index != 0:
+            # Not waited for: where shard 0 is dead as well, its successor's limiter is set from the shards' counters.
+            self._children["shard 0"].worker.lost.remote(max(0, before - kept))
+        why = f"its storage is damaged ({answer['damage']})" if answer["damage"] else "its storage is gone"
+        return f"{why}; a new one serves {kept} of its {before} steps" + (", from the last checkpoint" if path else "")
 
     def _spawn_actor(self, index: int) -> None:
         self._next_episode[f"actor {index}"] = 0
@@ -272,6 +326,7 @@ class HeadWorker:
             self._self,
             self._head.random_steps_left,
             incarnation,
+            self._security,
             cpus=self._config.actors.cpus,
         )
         child.writer = parts.writer_name(index, incarnation)
@@ -288,6 +343,7 @@ class HeadWorker:
             self._schema,
             self._self,
             self._incarnation(),
+            self._security,
             cpus=settings.cpus,
             gpus=gpus,
         )
@@ -320,18 +376,7 @@ class HeadWorker:
             fresh.starting = fresh.worker.start.remote(self._addresses)
             told = "a new one takes its place"
         elif child.kind == "shard":
-            checkpoint = self._latest()
-            lost = int(child.status.get("items", 0))
-            self._spawn_shard(child.index)
-            usable = checkpoint is not None and self._config.checkpoints.replay
-            self._start_shard(child.index, shard_file(checkpoint.path, child.index) if checkpoint and usable else None)
-            kept = int(self._children[name].status["items"])
-            if name == "shard 0":
-                self._restore_limiter()
-            else:
-                # Not waited for: where shard 0 is dead as well, its successor's limiter is set from the counts.
-                self._children["shard 0"].worker.lost.remote(lost - kept)
-            told = f"a new one serves {kept} of its {lost} steps, from the last checkpoint"
+            told = self._restart_shard(child)
         else:
             checkpoint = self._latest()
             before = self._head.counts.updates
@@ -435,7 +480,7 @@ class HeadWorker:
         try:
             written = self._recorder.checkpoint(
                 save_learner=lambda path: _saved(learner.worker.save.remote(str(path))),
-                save_shards=[lambda path, s=s: _saved(s.worker.save.remote(str(path))) for s in shards],  # type: ignore[misc]
+                save_shards=lambda path, before: _saved_by(shards, path, before),
                 policy=policy,
                 evaluation=evaluation,
             )
@@ -446,6 +491,12 @@ class HeadWorker:
         if written:
             self._unsaved_best = None
         return True
+
+
+def _saved_by(shards: Sequence[Child], replay: Path, before: Path | None) -> list[dict[str, int]]:
+    """Have all shards write their steps at once. Returns their counters; raises what `_saved` does."""
+    previous = None if before is None else str(before)
+    return [_saved(answer) for answer in [shard.worker.save.remote(str(replay), previous) for shard in shards]]
 
 
 def _saved(answer: Any) -> Any:

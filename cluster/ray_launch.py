@@ -18,6 +18,7 @@ from cluster.checkpoint import Checkpoint
 from cluster.ray_head import HeadWorker
 from cluster.runs import RunFolder
 from configs.schema import RunConfig
+from replay.security import check_host
 
 POLL_S = 0.5
 REACH_S = 5.0  # how long a cluster may take to accept a connection
@@ -52,10 +53,14 @@ def run_on_ray(
 
     Raises:
         EnvError: the environment is unknown or does not fit.
+        ValueError: the TLS files cannot be used.
         ClusterError: Ray cannot be reached, has too few CPUs or GPUs, or lost the head.
         RuntimeError: the run failed; the message says why.
     """
-    config = folder.config
+    config, security = folder.config, folder.security()
+    security.check_files()
+    if (warning := check_host(config.replay.host, security)) is not None:
+        show(None, warning)
     schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
     counts = ((config.replay.shards, "shard"), (config.actors.count, "actor"), (1, "learner"))
     show(None, "starting " + ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts) + " under Ray")

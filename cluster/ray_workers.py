@@ -10,20 +10,23 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from cluster import parts
 from configs.schema import RunConfig
-from replay.samplers import stream_sampler
 from replay.schema import StepSchema
-from replay.server import ShardServer
-from replay.shard import ShardSpec
+from replay.security import Security, flight_client
 from replay.writers import FlightWriter
+
+if TYPE_CHECKING:
+    from replay.server import ShardServer  # they compile kernels, which head and actors have no use for
+    from replay.shard import Shard
 
 
 def _failure(error: BaseException) -> dict[str, str]:
@@ -62,40 +65,81 @@ def _process() -> dict[str, Any]:
 class ShardWorker:
     """Serves one replay shard."""
 
-    def __init__(self, spec: ShardSpec) -> None:
-        self._spec = spec
+    def __init__(
+        self, config: RunConfig, schema: str, index: int, run: str, incarnation: int, security: Security
+    ) -> None:
+        self._config = config
+        self._spec = parts.shard_spec(config, StepSchema.from_json(schema), index, run=run, incarnation=incarnation)
+        self._security = security
         self._server: ShardServer | None = None
+        # Imported, its compiled loops with it, while the other processes start.
+        import replay.server  # noqa: F401
 
-    def start(self, limiter_address: str | None, snapshot: str | None, port: int) -> dict[str, Any]:
-        """Begin to serve. Returns its address, its port, its first status and what `_process` does."""
+    def start(
+        self,
+        limiter_address: str | None,
+        port: int,
+        checkpoint: str | None,
+        recover: bool,
+        others: Sequence[dict[str, Any]] | None,
+    ) -> dict[str, Any]:
+        """Begin to serve. Returns its address, its port, its first status and what `_process` does.
+
+        checkpoint: folder with the steps to begin with, where the storage of a dead shard is not taken over.
+        recover: take over that storage, if it is there and whole.
+        others: statuses of the other shards; set on shard 0 where they are serving already, for the limiter's counters.
+        """
+        from replay.storage import StorageError
+
         host = ray.util.get_node_ip_address() if self._spec.host == "node" else self._spec.host
-        spec = replace(self._spec, limiter_address=limiter_address, host=host, port=port)
-        self._server = ShardServer(spec, restore=None if snapshot is None else Path(snapshot))
+        self._spec = replace(self._spec, limiter_address=limiter_address, host=host, port=port)
+        damage = ""
+        prepare = partial(self._prepare, checkpoint=checkpoint, others=others)
+        try:
+            self._server = self._serve(prepare, recover)
+        except StorageError as error:
+            damage = str(error)
+            self._server = self._serve(prepare, recover=False)
         return {
             "address": self._server.address,
             "port": self._server.port,
-            "status": self._server.stats(),
+            "status": self.status(),
+            "recovered": self._server.shard.recovered,
+            "damage": damage,
             "process": {**_process(), "health": self._server.health_address},
         }
 
-    def status(self) -> dict[str, Any]:
-        assert self._server is not None
-        return self._server.stats()
+    def _serve(self, prepare: Callable[[Shard], None], recover: bool) -> ShardServer:
+        from replay.server import ShardServer
 
-    def save(self, path: str) -> dict[str, int]:
-        """Write a snapshot to `path`. Returns the counters it holds."""
+        return ShardServer(self._spec, self._security, recover=recover, prepare=prepare)
+
+    def _prepare(self, shard: Shard, *, checkpoint: str | None, others: Sequence[dict[str, Any]] | None) -> None:
+        if checkpoint is not None and not shard.recovered:
+            parts.restore_shard(shard, Path(checkpoint), shards=self._config.replay.shards)
+        if others is not None:
+            sums = parts.limiter_sums(self._config, [*others, parts.shard_status(shard.stats())])
+            parts.set_limiter(shard, **sums)
+
+    def status(self) -> dict[str, Any]:
+        """As `cluster.parts.shard_status`."""
         assert self._server is not None
-        return self._server.save(Path(path))
+        return parts.shard_status(self._server.stats())
+
+    def save(self, replay: str, previous: str | None) -> dict[str, int]:
+        """As `cluster.parts.save_shard`."""
+        assert self._server is not None
+        return parts.save_shard(self._server.shard, Path(replay), None if previous is None else Path(previous))
 
     def restore_limiter(self, counters: dict[str, int]) -> None:
         """Set the counters of the limiter; on shard 0."""
         assert self._server is not None
-        self._server.restore_limiter(**counters)
+        parts.set_limiter(self._server.shard, **counters)
 
     def lost(self, items: int) -> None:
         """Tell the limiter of items that another shard has lost; on shard 0."""
         assert self._server is not None
-        self._server.lost(items)
+        self._server.lost(parts.TABLE, items)
 
     def end_writer(self, writer: str) -> None:
         """End the lanes of a dead writer, so that the one in its place finds room."""
@@ -113,10 +157,18 @@ class ActorWorker:
     """Steps the environments of one actor."""
 
     def __init__(
-        self, config: RunConfig, schema: str, index: int, head: Any, random_steps: int, incarnation: int
+        self,
+        config: RunConfig,
+        schema: str,
+        index: int,
+        head: Any,
+        random_steps: int,
+        incarnation: int,
+        security: Security,
     ) -> None:
         self._config = config
         self._schema = StepSchema.from_json(schema)
+        self._security = security
         self._index = index
         self._head = head
         self._random_steps = random_steps
@@ -131,7 +183,16 @@ class ActorWorker:
         """Connect to the shards at these addresses and begin to step. Returns what `_process` does."""
         chosen = [addresses[i] for i in parts.shards_of_actor(self._config, self._index)]
         name = parts.writer_name(self._index, self._incarnation)
-        self._writers = [FlightWriter(address, self._schema, name=name) for address in chosen]
+        self._writers = [
+            FlightWriter(
+                address,
+                self._schema,
+                name=name,
+                message_rows=self._config.actors.rows_per_write,  # the limiter lets a message in as a whole
+                connect=partial(flight_client, security=self._security),
+            )
+            for address in chosen
+        ]
         self._rollout = parts.make_rollout(
             self._config,
             self._schema,
@@ -182,20 +243,23 @@ class ActorWorker:
 class LearnerWorker:
     """Updates the networks and publishes weights."""
 
-    def __init__(self, config: RunConfig, schema: str, head: Any, incarnation: int) -> None:
+    def __init__(self, config: RunConfig, schema: str, head: Any, incarnation: int, security: Security) -> None:
         from learners.loop import set_threads
 
         self._config = config
         self._schema = StepSchema.from_json(schema)
         self._head = head
         self._incarnation = incarnation
+        self._security = security
         self._stopping = threading.Event()
         set_threads(config.learners.cpus, config.learners.threads)
         self._algorithm = parts.make_algorithm(config, self._schema, incarnation=incarnation)
+        import replay.samplers  # noqa: F401  # while the shards start
 
     def start(self, addresses: list[str], checkpoint: str | None, version: int) -> dict[str, Any]:
         """Begin to update, from a checkpoint's learner file where one is given. Returns what `_process` does."""
         from learners.loop import LearnerLoop
+        from replay.samplers import stream_sampler
 
         config = self._config
         if checkpoint is not None:
@@ -204,8 +268,10 @@ class LearnerWorker:
             addresses,
             self._schema,
             batch_size=config.learners.batch_size,
-            horizon=config.algorithm.n_step,
+            security=self._security,
+            window=parts.window(config),
             prefetch=config.replay.prefetch,
+            transport=config.replay.transport,
             seed=parts.seed_of(config, "sampler", 0, self._incarnation),
         )
         self._loop = LearnerLoop(

@@ -9,19 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint import Checkpoint, Checkpoints
-from cluster.files import DiskFullError, write_atomically, write_json
+from cluster.files import DiskFullError, read_json, write_atomically, write_json
 from cluster.head import Head
 from cluster.metrics import MetricsWriter
 from cluster.runs import RunFolder
+from configs.schema import RunConfig
 
 POLICY = "policy.safetensors"
 LEARNER = "learner.safetensors"
 HEAD = "head.json"
 
 
-def shard_file(checkpoint: Path, index: int) -> Path:
-    """Where a checkpoint keeps the steps of a shard."""
-    return checkpoint / "replay" / f"shard-{index}.arrow"
+def replay_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint keeps the replay's steps (`replay.snapshot`); absent where it holds none."""
+    return checkpoint / "replay"
+
+
+def settings_changed(checkpoint: Path, config: RunConfig) -> list[str]:
+    """A line for each setting of the replay that is another one than when the checkpoint was written."""
+    from replay.restore import settings_differences
+
+    saved = read_json(checkpoint / HEAD).get("replay")
+    return [] if saved is None else settings_differences(saved, replay_settings(config))
+
+
+def replay_settings(config: RunConfig) -> dict[str, Any]:
+    """What decides what the replay holds and at which pace it is read; as JSON."""
+    settings = config.replay
+    chosen = {name: getattr(settings, name) for name in ("shards", "capacity", "segment_steps", "min_size")}
+    return {**chosen, "error_buffer": config.error_buffer, "samples_per_insert": config.samples_per_insert}
 
 
 class Recorder:
@@ -71,15 +87,16 @@ class Recorder:
         self,
         *,
         save_learner: Callable[[Path], int],
-        save_shards: Sequence[Callable[[Path], dict[str, int]]],
+        save_shards: Callable[[Path, Path | None], Sequence[dict[str, int]]],
         policy: bytes,
         evaluation: float | None = None,
     ) -> bool:
         """Write a checkpoint of the learner, the shards, the acting policy and the head's counts.
 
-        `save_learner` returns the updates made. Each of `save_shards` writes its shard's steps to the path and returns
-        the shard's counters then. `evaluation` is the mean return of `policy`, where it was measured. Returns whether
-        the checkpoint is there; if not, for the disk is full, a line has said so.
+        `save_learner` returns the updates made. `save_shards` has every shard write its steps into a folder, those left out
+        that the second folder, of an earlier checkpoint, holds and links can be made to; it returns the shards' counters
+        then. `evaluation` is the mean return of `policy`, where it was measured. Returns whether the checkpoint is there;
+        if not, for the disk is full, a line has said so.
         """
         head, replay = self._head, self._folder.config.checkpoints.replay
         began, step = time.monotonic(), head.counts.env_steps
@@ -94,12 +111,11 @@ class Recorder:
             ) as path:
                 head.counts.updates = save_learner(path / LEARNER)
                 write_atomically(path / POLICY, policy)
-                shard_file(path, 0).parent.mkdir()
                 if replay:
-                    counters = [save(shard_file(path, index)) for index, save in enumerate(save_shards)]
+                    counters = save_shards(replay_folder(path), self._replay_before())
                     # Steps that came in since the last tick are in the files, so they are in the counts as well.
                     head.count_shards({f"shard {index}": found for index, found in enumerate(counters)})
-                write_json(path / HEAD, head.state())
+                write_json(path / HEAD, {**head.state(), "replay": replay_settings(self._folder.config)})
         except DiskFullError as error:
             self.event("warning", f"no checkpoint was written: {error}")
             return False
@@ -108,6 +124,11 @@ class Recorder:
         self._written = (step, evaluation, policy)
         self.event("checkpoint", f"checkpoint at step {step} in {time.monotonic() - began:.1f} s", shown=False)
         return True
+
+    def _replay_before(self) -> Path | None:
+        """The steps that the newest checkpoint holds."""
+        folders = [replay_folder(checkpoint.path) for checkpoint in self._checkpoints.all()]
+        return folders[-1] if folders and folders[-1].is_dir() else None
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary and the report."""

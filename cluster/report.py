@@ -42,11 +42,18 @@ _STATES: dict[str, tuple[str, str, tuple[tuple[str, str, str], ...]]] = {
             ("publish_s", "publishing weights", "green"),
         ),
     ),
-    "Replay shards": ("shard", "idle or other", (("insert_s", "inserting", "blue"), ("sample_s", "sampling", "green"))),
+    "Replay shards": (
+        "shard",
+        "idle or other",
+        (("inserting_s", "inserting", "blue"), ("sampling_s", "sampling", "green")),
+    ),
     "Rate limiter": (
         "shard",
         "nobody held back",
-        (("wait_insert_s", "writers held back", "orange"), ("wait_sample_s", "samplers held back", "purple")),
+        (
+            ("waiting_for_samples_s", "writers held back", "orange"),
+            ("waiting_for_inserts_s", "samplers held back", "purple"),
+        ),
     ),
 }
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,15 @@ import yaml
 
 from cluster.files import read_json, without_nonfinite, write_atomically, write_json
 from configs.schema import RunConfig
+from replay.security import Security, new_token
 
-PACKAGES = ("millrace", "ray", "torch", "envpool", "gymnasium", "pyarrow", "grpcio", "numpy")
+PACKAGES = ("millrace", "ray", "torch", "envpool", "gymnasium", "pyarrow", "grpcio", "numpy", "numba")
+TOKEN = "token"
+ADDRESSES = "replay.json"  # while the run is going: {"addresses": […]} of its shards
 
 
 class RunFolder:
-    """`<config.root>/<config.name>/`: config.yaml, run.json, events.jsonl, and the folders other parts write below it."""
+    """`<config.root>/<config.name>/`: config.yaml, run.json, token, events.jsonl, and the folders other parts write below it."""
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path = path
@@ -35,7 +38,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: RunConfig, command: Sequence[str]) -> RunFolder:
-        """Make the folder, with config.yaml and run.json in it; the returned config carries the run's name.
+        """Make the folder, with config.yaml, run.json and token in it; the returned config carries the run's name.
 
         Raises:
             FileExistsError: a run of that name is there already; it is left as it is.
@@ -59,6 +62,7 @@ class RunFolder:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_atomically(run.path / "config.yaml", text.encode())
         write_json(run.path / "run.json", _facts(config, command))
+        run.security()
         return run
 
     @classmethod
@@ -97,6 +101,28 @@ class RunFolder:
             except OSError:  # a file system without locks, or a full one
                 pass
             yield
+
+    def security(self) -> Security:
+        """What the run's services ask of their callers. The token lies in a file of its own, which nobody else may read.
+
+        Raises:
+            ValueError: the file holds no token.
+        """
+        path = self.path / TOKEN
+        with suppress(FileExistsError):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                file.write(new_token() + "\n")
+        replay = self.config.replay
+        try:
+            return Security(
+                path.read_text(encoding="ascii").strip(),
+                certificate=replay.tls_certificate,
+                key=replay.tls_key,
+                authority=replay.tls_authority,
+            )
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used ({error}); remove it, and a new one is made") from None
 
     @property
     def checkpoints(self) -> Path:

@@ -19,10 +19,9 @@ from cluster import parts
 from cluster.checkpoint import Checkpoint
 from cluster.files import read_json
 from cluster.head import Evaluation, Head, Tick
-from cluster.recorder import HEAD, LEARNER, Recorder, shard_file
+from cluster.recorder import HEAD, LEARNER, Recorder, replay_folder
 from cluster.runs import RunFolder
 from learners.loop import LearnerLoop, set_threads
-from replay import snapshot
 from replay.samplers import CallSource, Sampler
 from replay.schema import StepSchema
 from replay.shard import Shard
@@ -61,10 +60,10 @@ class SyncRun:
             parts.shard_spec(config, schema, index, run=folder.path.name, incarnation=incarnation)
             for index in range(config.replay.shards)
         ]
-        self._limiter = specs[0].limiter()
         self._shards: list[Shard] = []
         try:
-            self._shards.extend(Shard.from_spec(spec, self._limiter) for spec in specs)
+            limiters = specs[0].limiters()  # one for all shards
+            self._shards.extend(Shard.from_spec(spec, limiters) for spec in specs)
             self._assemble(schema, resume)
             self._recorder = Recorder(folder, head, show=show, resume=resume)
         except BaseException:
@@ -87,7 +86,9 @@ class SyncRun:
         self._loop = LearnerLoop(
             self._algorithm,
             Sampler(
-                [CallSource(shard, horizon=config.algorithm.n_step) for shard in self._shards],
+                [CallSource(shard, window=parts.window(config)) for shard in self._shards],
+                schema,
+                window=parts.window(config),
                 batch_size=config.learners.batch_size,
                 seed=parts.seed_of(config, "sampler", 0, incarnation),
             ),
@@ -112,17 +113,16 @@ class SyncRun:
 
     def _restore(self, checkpoint: Path) -> None:
         if self._config.checkpoints.replay:
-            for index, shard in enumerate(self._shards):
-                snapshot.load(shard, shard_file(checkpoint, index))
-        stats = [shard.stats() for shard in self._shards]
+            for shard in self._shards:
+                parts.restore_shard(shard, replay_folder(checkpoint), shards=len(self._shards))
+        stats = [parts.shard_status(shard.stats()) for shard in self._shards]
         for index, found in enumerate(stats):
             self._head.rebase(f"shard {index}", found)
         counts = self._head.counts
         counts.sampled = parts.samples_used(self._config, counts)
-        found = parts.limiter_counters(self._config, inserted=counts.env_steps, sampled=counts.sampled, shards=stats)
-        self._limiter.restore(
-            inserted=found["inserted"], sampled=found["sampled"], removed=found["inserted"] - found["items"]
-        )
+        items = sum(int(found["items"]) for found in stats)
+        found = parts.limiter_counters(self._config, inserted=counts.env_steps, sampled=counts.sampled, items=items)
+        parts.set_limiter(self._shards[0], **found)
 
     def _take_weights(self, version: int, data: bytes) -> None:
         self._version, self._weights = version, data
@@ -155,7 +155,8 @@ class SyncRun:
     def _train(self, stopping: threading.Event) -> str:
         every = max(ROW_STEPS, self._config.lanes)
         next_row = 0
-        before = self._head.counts.env_steps - sum(shard.inserted for shard in self._shards)  # of steps not kept
+        tables = [shard.table(parts.TABLE) for shard in self._shards]
+        before = self._head.counts.env_steps - sum(table.inserted for table in tables)  # of steps not kept
         while True:
             for rollout, _ in self._actors:
                 if rollout.version != self._version:
@@ -163,7 +164,7 @@ class SyncRun:
                 if rollout.step() and self._first_step is None:
                     self._first_step = time.monotonic()
             self._update()
-            steps = before + sum(shard.inserted for shard in self._shards)
+            steps = before + sum(table.inserted for table in tables)
             if steps >= min(next_row, self._head.next_due) or stopping.is_set():
                 next_row = steps - steps % every + every
                 self._tick()
@@ -192,7 +193,7 @@ class SyncRun:
         tick = Tick(
             time=time.monotonic(),
             actors=actors,
-            shards={f"shard {index}": shard.stats() for index, shard in enumerate(self._shards)},
+            shards={f"shard {shard.index}": parts.shard_status(shard.stats()) for shard in self._shards},
             learner=self._loop.stats(),
             learner_metrics=self._loop.metrics(),
             returns=[r for status in actors.values() for r in status["returns"]],
@@ -220,7 +221,7 @@ class SyncRun:
     def _checkpoint(self, evaluation: float | None = None) -> None:
         self._recorder.checkpoint(
             save_learner=lambda path: parts.save_learner(path, self._algorithm, version=self._version),
-            save_shards=[lambda path, shard=shard: snapshot.save(shard, path) for shard in self._shards],  # type: ignore[misc]
+            save_shards=lambda path, before: [parts.save_shard(shard, path, before) for shard in self._shards],
             policy=self._weights,
             evaluation=evaluation,
         )

@@ -103,14 +103,34 @@ class ReplaySettings(Settings):
         ge=1,
         le=10**9,
     )
-    prefetch: int = setting(
-        8, "Batches drawn ahead of the learner on each shard's stream.", unit="batches", ge=1, le=4096
+    prefetch: int = setting(8, "Batches drawn ahead of the learner, over all shards.", unit="batches", ge=1, le=4096)
+    transport: Literal["auto", "local", "flight"] = setting(
+        "auto",
+        "How the learner reads: local gathers windows from a shard's mapped storage on the same host, flight has the shard "
+        "send them, auto is local where that can be.",
+        unit="choice",
     )
     directory: str = setting("/dev/shm", "Folder of the memory-mapped storage files.", unit="path", min_length=1)
     host: str = setting(
         "127.0.0.1",
         "Address the shards listen on; node takes the address of the node each is on, for clusters of several nodes.",
         unit="address",
+        min_length=1,
+    )
+    tls_certificate: str | None = setting(
+        None,
+        "PEM file of the certificate chain that the shards show, at the same path on every node; it must name the "
+        "addresses they listen on. None serves without TLS.",
+        unit="path",
+        min_length=1,
+    )
+    tls_key: str | None = setting(
+        None, "PEM file of the key of replay.tls_certificate, not encrypted.", unit="path", min_length=1
+    )
+    tls_authority: str | None = setting(
+        None,
+        "PEM file of the certificates that clients of the shards trust; None trusts replay.tls_certificate alone.",
+        unit="path",
         min_length=1,
     )
 
@@ -291,21 +311,20 @@ class RunConfig(Settings):
 
     @property
     def error_buffer(self) -> int:
-        """Steps of `replay.error_buffer`, where it is not set those that the other settings ask for."""
-        chosen = self.replay.error_buffer
-        return max(100, 2 * self._least_error_buffer()) if chosen is None else chosen
+        """Steps of `replay.error_buffer`, where it is not set those that the other settings ask for.
 
-    def _least_error_buffer(self) -> int:
-        """Each side must fit its requests into the room that the other side's limit leaves, or both wait for ever.
-
-        At once may be under way: one write of each actor, `prefetch` batches and the one in use, and what every shard but
-        the first has leased from the limiter: a write and a batch.
+        Each side must fit its requests into the room that the other side's limit leaves, or both wait. What is set is judged
+        when a run starts (`cluster.parts.check_limits`). Where nothing is, there is room for all that may be under way: one
+        write of each actor, `prefetch` batches and the one in use, and what every shard but the first has leased from the
+        limiter, a write and a batch.
         """
+        if self.replay.error_buffer is not None:
+            return self.replay.error_buffer
         leases = self.replay.shards - 1
         write = max(self.actors.rows_per_write, self.actors.batch_size or self.actors.envs)
         inserts = write * (self.actors.count + leases)
         samples = self.learners.batch_size * (1 + self.replay.prefetch + leases)
-        return math.ceil((inserts + samples / self.samples_per_insert) / 2)
+        return max(100, 2 * math.ceil((inserts + samples / self.samples_per_insert) / 2))
 
     @model_validator(mode="after")
     def _combinations(self) -> RunConfig:
@@ -343,12 +362,12 @@ class RunConfig(Settings):
                 f"replay.segment_steps ({replay.segment_steps})"
             )
 
-        if self.error_buffer < (least := self._least_error_buffer()):
-            yield (
-                f"replay.error_buffer ({replay.error_buffer}) is too small: at least {least} is needed for one write of "
-                f"each actor (actors.count × the larger of actors.rows_per_write and actors.envs) and replay.prefetch "
-                f"batches at once"
-            )
+        if (replay.tls_certificate is None) != (replay.tls_key is None):
+            given, missing = ("certificate", "key") if replay.tls_key is None else ("key", "certificate")
+            yield f"replay.tls_{given} is set and replay.tls_{missing} is not; set both, or neither to go without TLS"
+        elif replay.tls_authority is not None and replay.tls_certificate is None:
+            yield "replay.tls_authority is set and the shards serve without TLS; set replay.tls_certificate and replay.tls_key"
+
         if self.mode == "cluster" and learners.device.startswith("cuda") and learners.gpus == 0:
             yield "learners.device names a GPU and learners.gpus is 0: Ray would hide every GPU; leave learners.gpus unset"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -243,7 +243,7 @@ class Sac:
         """
         size, steps, length = self._batch_size, batch.steps, batch.length
         shape = (size, self._settings.n_step + 1)
-        if steps.shape != shape or steps.dtype != self._schema.dtype:
+        if steps.shape != shape or steps.dtype != self._schema.packed:
             raise SchemaError(
                 f"expected windows of shape {shape} with {self._schema}, got {steps.shape} with {steps.dtype}; "
                 "the table must serve windows of algorithm.n_step and batches of learners.batch_size"
@@ -254,8 +254,8 @@ class Sac:
         host = packed.numpy()
         first, last = steps[:, 0], steps[np.arange(size), length]
         observation = host[:observed].reshape(2 * size, -1)
-        self._observations.write(first, observation[:size])
-        self._observations.write(last, observation[size:])
+        self._observations.write(_observed(batch, first, np.zeros(size, np.int32)), observation[:size])
+        self._observations.write(_observed(batch, last, length), observation[size:])
         host[observed : observed + acted].reshape(size, -1)[:] = first["action"].reshape(size, -1)
         reward, discount = host[-2 * size : -size], host[-size:]
         if shape[1] == 2:
@@ -355,3 +355,11 @@ class Sac:
         self.updates = self._reported = int(state["updates"])
         self._sums.zero_()
         self._largest.zero_()
+
+
+def _observed(batch: WindowBatch, rows: np.ndarray, column: np.ndarray) -> Mapping[str, np.ndarray] | np.ndarray:
+    """Observation fields by name, of `rows` (batch,), which are the windows' at `column` (batch,): large ones lie apart."""
+    if not batch.frames:
+        return rows
+    small = {name: rows[name] for name in rows.dtype.names or ()}
+    return small | {name: frames[np.arange(len(rows)), column, -1] for name, frames in batch.frames.items()}

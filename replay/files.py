@@ -14,43 +14,40 @@ from pathlib import Path
 import numpy as np
 
 LOCK_S = 1.0  # how long a file held by somebody else is waited for
-_NAME = re.compile(r"^millrace\.(?P<run>.+)\.shard(?P<shard>\d+)\.(?P<pid>\d+)\.rows$")
+_NAME = re.compile(r"^millrace\.(?P<run>.+)\.shard(?P<shard>\d+)\.(?P<part>[a-z]\w*)$")
+
+
+def storage_path(directory: str | Path, *, run: str, shard: int, part: str) -> Path:
+    """Where a part of a shard's storage lies."""
+    return Path(directory) / f"millrace.{run}.shard{shard}.{part}"
 
 
 class StorageFile:
-    """A file of fixed size, mapped into memory, that this process holds locked until `close` removes it."""
+    """A file of fixed size, mapped into memory, that this process holds locked. It outlives the process unless `close` removes it."""
 
-    def __init__(self, directory: str | Path, *, run: str, shard: int, size: int) -> None:
+    def __init__(
+        self, directory: str | Path, *, run: str, shard: int, size: int, part: str = "steps", keep: bool = False
+    ) -> None:
         """Reserve `size` bytes under `directory`.
 
+        part: what of the shard lies in it.
+        keep: take over what a dead process left there, when it has the same size (`found` tells); else it is emptied.
+
         Raises:
-            OSError: the folder has too little space (ENOSPC, naming the path, what is free and what is needed) or is missing.
+            OSError: the folder has too little space (ENOSPC, naming the path, what is free and what is needed) or is missing,
+                or another process holds the file.
         """
-        for left in leftovers(directory):
-            if (left.run, left.shard) == (run, shard):  # of a process that this one takes the place of
-                left.path.unlink(missing_ok=True)
-        self.path = Path(directory) / f"millrace.{run}.shard{shard}.{os.getpid()}.rows"
+        self.path = storage_path(directory, run=run, shard=shard, part=part)
         self.size = size
+        self._open(directory)
+        found = os.fstat(self._fd).st_size
+        self.found = keep and found == size
+        if found and not self.found:
+            # Not emptied but replaced: somebody may still have the old one mapped.
+            self.path.unlink()
+            os.close(self._fd)
+            self._open(directory)
         try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"cannot make a storage file in {directory} ({error.strerror}); set replay.directory"
-            ) from None
-        deadline = time.monotonic() + LOCK_S
-        while True:
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() < deadline:  # somebody may just be looking: see `leftovers`
-                    time.sleep(0.01)
-                    continue
-                os.close(self._fd)
-                text = f"{self.path} is in use by another shard; give this run another name"
-                raise OSError(error.errno, text) from None
-        try:
-            os.ftruncate(self._fd, 0)  # what a dead process of the same number left
             # Pages of a sparse file are found missing only when they are touched, as a SIGBUS; this finds it now.
             os.posix_fallocate(self._fd, 0, size)
             self._map = mmap.mmap(self._fd, size)
@@ -67,16 +64,48 @@ class StorageFile:
                 f"`millrace clean` lists (Ray's object store lives in /dev/shm too)",
             ) from None
 
+    def _open(self, directory: str | Path) -> None:
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot make a storage file in {directory} ({error.strerror}); set replay.directory"
+            ) from None
+        deadline = time.monotonic() + LOCK_S
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                if time.monotonic() < deadline:  # somebody may just be looking: see `leftovers`
+                    time.sleep(0.01)
+                    continue
+                os.close(self._fd)
+                text = f"{self.path} is in use by another shard; give this run another name"
+                raise OSError(error.errno, text) from None
+
     def array(self) -> np.ndarray:
         """The mapped bytes as uint8 (size,)."""
         return np.frombuffer(self._map, np.uint8)
 
-    def close(self) -> None:
-        """Remove the file; the mapping lives on until its last array is gone."""
+    def close(self, *, remove: bool = True) -> None:
+        """Let go of the file, and remove it unless told otherwise; the mapping lives on until its last array is gone."""
         if self._fd >= 0:
-            self.path.unlink(missing_ok=True)
+            if remove:
+                self.path.unlink(missing_ok=True)
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # the mapping has a descriptor of its own, which would hold it
             os.close(self._fd)
             self._fd = -1
+
+
+def map_for_reading(path: str | Path) -> np.ndarray:
+    """The bytes of another process's storage file, uint8 (size,), read-only.
+
+    Raises:
+        OSError: there is no such file, or it is another user's.
+    """
+    with open(path, "rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -86,14 +115,13 @@ class Leftover:
     path: Path
     run: str
     shard: int
-    pid: int
     size: int
 
 
 def leftovers(directory: str | Path) -> list[Leftover]:
     """Storage files in `directory` that no living process holds."""
     found = []
-    for path in sorted(Path(directory).glob("millrace.*.rows")):
+    for path in sorted(Path(directory).glob("millrace.*")):
         match = _NAME.match(path.name)
         if match is None:
             continue
@@ -103,7 +131,7 @@ def leftovers(directory: str | Path) -> list[Leftover]:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found.append(Leftover(path, match["run"], int(match["shard"]), int(match["pid"]), os.fstat(fd).st_size))
+            found.append(Leftover(path, match["run"], int(match["shard"]), os.fstat(fd).st_size))
         except BlockingIOError:
             pass
         finally:

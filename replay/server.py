@@ -4,22 +4,29 @@ Data plane, all on long-lived streams:
   DoPut   descriptor {"writer": id}: batches of (lane, row) with their sequence number as metadata, each answered with the
           number last applied; the first answer is that number before the stream began, so that a writer knows what to
           send again. Metadata `close` ends the writer and its lanes.
-  DoGet   ticket {"stream": id, "batch": n, "horizon": h, "prefetch": k}: batches of windows without end, at most k ahead of
-          what the reader has acknowledged. The metadata is the shard's mass; a stream that waits sends it with an
-          empty batch, so that readers of several shards know how their masses change.
-          DoPut descriptor {"acknowledge": id}: the number of a stream's batches used since the last message, as metadata.
-  DoAction lease {"side", "count", "block", "deleted", "timeout_s"}; stats.
+          {"priorities": table}: batches of (item, priority), not answered.
+          {"acknowledge": id}: the number of a stream's windows used since the last message, as metadata; a negative number
+          gives back windows that were thrown away.
+  DoGet   ticket {"stream": id, "table": name, "window": …, "gather": "shard" or "reader", "least": n, "block": n,
+          "ahead": n}: blocks of `least` to `block` windows without end, at most `ahead` windows beyond what the reader has
+          acknowledged; or only their row numbers, for a reader that has mapped the storage. The metadata (`wire.BLOCK`) tells
+          the table's mass and items on this shard; a stream that waits sends it with an empty block, so that readers of
+          several shards know how their masses change.
+  DoAction  describe, stats; snapshot {"location"}; lease, take_back: between shards.
+
+Every call shows the run's token (`replay.security`). What does not parse or fit is refused with what was expected and what was
+received, and changes nothing.
 """
 
 from __future__ import annotations
 
 import json
 import struct
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -27,31 +34,74 @@ import pyarrow as pa
 import pyarrow.flight as flight
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from . import snapshot
+from .faults import fault
+from .files import storage_path
 from .limiter import LeasedLimiter, Limiter, RateLimiter, Side
-from .schema import SchemaError
+from .queue_service import QueueService
+from .queues import Queue
+from .schema import SchemaError, Window
+from .security import (
+    GRPC_OPTIONS,
+    MAX_JSON_BYTES,
+    Between,
+    Security,
+    TokenInterceptor,
+    check_batch,
+    check_object,
+    check_schema,
+    flight_client,
+    flight_location,
+    flight_server_options,
+    grpc_listen,
+    parse_json,
+    read_chunks,
+)
 from .shard import Shard, ShardSpec, WriterClosedError
-from .wire import CLOSE, MASS, SEQUENCE, action, rows_from_arrow, to_arrow, window_schema
+from .snapshot import SnapshotError, SnapshotStore
+from .wire import (
+    BLOCK,
+    CLOSE,
+    ITEMS,
+    MAX_BYTES,
+    MAX_ROWS,
+    PRIORITIES,
+    SEQUENCE,
+    action,
+    column,
+    rows_from_arrow,
+    to_arrow,
+    window_schema,
+)
 
 _POLL_S = 0.5  # how often a blocked call looks whether its caller is still there
+_MANY = range(1, MAX_ROWS + 1)
+MOST_STEPS, MOST_STACK = 65_536, 64  # of a window
+_IDLE_S = 5.0  # credits that nobody has asked for this long go back to the limiter
+# The interpreter hands itself from one thread to the next after this time at the latest. Its default of 5 ms is what a reader
+# would wait for while a writer's thread is at work.
+_SWITCH_S = 0.0005
 
 
 class _Stream:
     """How far a reader's stream may run ahead."""
 
-    def __init__(self, prefetch: int) -> None:
-        self._prefetch = prefetch
+    def __init__(self, table: str, ahead: int) -> None:
+        self.table = table
+        self._ahead = ahead
         self._sent = 0
         self._acknowledged = 0
         self._changed = threading.Condition()
 
-    def may_send(self, timeout_s: float) -> bool:
+    def room(self, least: int, timeout_s: float) -> int:
+        """Windows that may be sent, once there are `least`; 0 when there are not."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._sent - self._acknowledged < self._prefetch, timeout_s)
+            if not self._changed.wait_for(lambda: self._ahead - self.unused >= least, timeout_s):
+                return 0
+            return self._ahead - self.unused
 
-    def sent(self) -> None:
+    def sent(self, count: int) -> None:
         with self._changed:
-            self._sent += 1
+            self._sent += count
 
     def acknowledge(self, count: int) -> None:
         with self._changed:
@@ -66,174 +116,373 @@ class _Stream:
 class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
     """Serves one shard. The constructor returns when it listens; `close` ends it."""
 
-    def __init__(self, spec: ShardSpec, *, restore: Path | None = None) -> None:
-        """`restore`: a snapshot file to start from."""
-        self._leader: RateLimiter | None = None
-        limiter: Limiter
+    def __init__(
+        self,
+        spec: ShardSpec,
+        security: Security,
+        *,
+        recover: bool = False,
+        prepare: Callable[[Shard], None] | None = None,
+    ) -> None:
+        """
+        security: what callers must show.
+        recover: take over the storage of the shard of the same run and number that has died, if it is there.
+        prepare: called with the shard before anybody else can reach it, to fill it or to set its limiters.
+
+        Raises:
+            OSError: too little space for the storage, or the address cannot be bound.
+            StorageError: the storage that is to be recovered is damaged.
+            ValueError: the TLS files cannot be used.
+        """
+        sys.setswitchinterval(_SWITCH_S)
+        self._leaders: dict[str, RateLimiter] = {}
+        self._leased: dict[str, LeasedLimiter] = {}
+        limiters: dict[str, Limiter] = {}
         if spec.limiter_address is None:
-            limiter = self._leader = spec.limiter()
+            self._leaders = spec.limiters()
+            limiters.update(self._leaders)
         else:
-            leader = flight.FlightClient(spec.limiter_address)
-
-            def lease(side: Side, count: int, block: int, deleted: int, timeout_s: float) -> tuple[int, str]:
-                body = {"side": side, "count": count, "block": block, "deleted": deleted, "timeout_s": timeout_s}
-                answer = action(leader, "lease", body)
-                return int(answer["granted"]), str(answer["why"])
-
-            limiter = LeasedLimiter(lease, insert_block=spec.insert_block, sample_block=spec.sample_block)
-        self.shard = Shard.from_spec(spec, limiter)
+            leader = flight_client(spec.limiter_address, security)
+            for table in spec.tables:
+                self._leased[table.name] = _leased(leader, table.name, spec)
+            limiters.update(self._leased)
+        self.shard = Shard.from_spec(spec, limiters, recover=recover)
+        if self.shard.recovered:  # what other shards have is told by `restore_limiter`
+            for name, leader in self._leaders.items():
+                mine = self.shard.table(name)
+                leader.restore(inserted=mine.inserted, sampled=mine.sampled, removed=mine.inserted - mine.items)
         self._streams: dict[str, _Stream] = {}
         self._closing = threading.Event()
+        self._opened: dict[str, Queue] = {}
         try:
-            if restore is not None:
-                snapshot.load(self.shard, restore)
-            self._listen(spec)
+            if prepare is not None:
+                prepare(self.shard)
+            for queue in spec.queues:
+                path = storage_path(spec.directory, run=spec.run, shard=spec.index, part=f"queue_{queue.name}")
+                if not recover:
+                    path.unlink(missing_ok=True)
+                self._opened[queue.name] = Queue(queue, path)
+            self._queues = QueueService(self._opened, closing=self._closing)
+            self._listen(spec, security)
         except BaseException:
-            self.shard.close()
+            self._release(remove=not self.shard.recovered)
             raise
+        threading.Thread(target=self._return_credits, name="credits", daemon=True).start()
 
-    def _listen(self, spec: ShardSpec) -> None:
+    def _listen(self, spec: ShardSpec, security: Security) -> None:
         try:
-            super().__init__(f"grpc://{spec.host}:{spec.port}")
+            super().__init__(flight_location(spec.host, spec.port, security), **flight_server_options(security))
         except pa.ArrowException as error:
             raise OSError(f"cannot listen on {spec.host}:{spec.port} ({error}); set replay.host") from error
-        self.address = f"grpc://{spec.host}:{self.port}"
-        self._health = grpc.server(ThreadPoolExecutor(max_workers=2, thread_name_prefix="health"))
+        self.address = flight_location(spec.host, self.port, security)
+        self._health = grpc.server(
+            ThreadPoolExecutor(max_workers=2, thread_name_prefix="health"),
+            interceptors=[TokenInterceptor(security)],
+            options=GRPC_OPTIONS,
+        )
         servicer = health.HealthServicer()
         servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._health)
-        self.health_address = f"{spec.host}:{self._health.add_insecure_port(f'{spec.host}:0')}"
+        self.health_address = f"{spec.host}:{grpc_listen(self._health, f'{spec.host}:0', security)}"
         self._health.start()
+
+    def _return_credits(self) -> None:
+        """Hand back the credits of sides that nobody uses any more, so that other shards can go on."""
+        while not self._closing.wait(_IDLE_S / 2):
+            for limiter in self._leased.values():
+                with suppress(pa.ArrowException, flight.FlightError):  # shard 0 is away: later, then
+                    limiter.return_unused(idle_s=_IDLE_S)
 
     # ------------------------------------------------------------------ Flight
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        command = json.loads(descriptor.command)
-        if "acknowledge" in command:
-            self._read_acknowledgements(str(command["acknowledge"]), reader)
-        else:
-            self._read_rows(context, str(command["writer"]), reader, writer)
+        kinds: dict[str, Any] = {"writer": str, "priorities": str, "acknowledge": str}
+        if (queue := _for_queue(descriptor.command)) is not None:
+            self._queues.do_put(context, queue, reader, writer)
+            return
+        try:
+            command = parse_json(descriptor.command or b"", what="the descriptor of DoPut", required={}, optional=kinds)
+            if len(command) != 1:
+                raise SchemaError(f"the descriptor of DoPut: expected one of {', '.join(kinds)}; received {command}")
+            ((kind, name),) = command.items()
+            match kind:
+                case "writer":
+                    self._read_rows(context, name, reader, writer)
+                case "priorities":
+                    self._read_priorities(name, reader)
+                case "acknowledge":
+                    self._read_acknowledgements(name, reader)
+        except (SchemaError, WriterClosedError) as error:
+            raise flight.FlightServerError(str(error)) from None
+        except struct.error as error:
+            raise flight.FlightServerError(f"expected 8 bytes of metadata: {error}") from None
 
     def _read_acknowledgements(self, stream: str, reader: Any) -> None:
-        with suppress(StopIteration):
-            while True:
-                (count,) = SEQUENCE.unpack(reader.read_chunk().app_metadata)
-                known = self._streams.get(stream)
-                if known is not None:
-                    known.acknowledge(count)
+        for chunk in read_chunks(reader):
+            (count,) = SEQUENCE.unpack(chunk.app_metadata or b"")
+            known = self._streams.get(stream)
+            if known is not None:
+                if abs(count) > known.unused:
+                    raise SchemaError(f"expected at most {known.unused} windows to be acknowledged, received {count}")
+                known.acknowledge(abs(count))
+                if count < 0:
+                    self.shard.unused(known.table, -count)
+
+    def _read_priorities(self, table: str, reader: Any) -> None:
+        check_schema(reader.schema, PRIORITIES)
+        self.shard.table(table)
+        for chunk in read_chunks(reader):
+            item, priority = check_batch(chunk.data, PRIORITIES, max_rows=MAX_ROWS, max_bytes=MAX_BYTES)
+            self.shard.update_priorities(table, item.to_numpy(), priority.to_numpy())
 
     def _read_rows(self, context: Any, name: str, reader: Any, writer: Any) -> None:
         shard = self.shard
         expected = shard.schema.arrow()
-        if not reader.schema.equals(expected, check_metadata=True):
-            raise flight.FlightServerError(
-                f"the writer's rows do not fit shard {shard.index}: expected {expected.metadata}, received "
-                f"{reader.schema.names} with {reader.schema.metadata}"
-            )
+        check_schema(reader.schema, expected)
+        last = shard.connect(name)
         closed = False
         try:
-            writer.write(SEQUENCE.pack(shard.connect(name)))
-            while True:
-                try:
-                    chunk = reader.read_chunk()
-                except StopIteration:
-                    break
+            writer.write(SEQUENCE.pack(last))
+            for chunk in read_chunks(reader):
                 if chunk.data is None:
                     closed = chunk.app_metadata.to_pybytes() == CLOSE
                     break
-                (sequence,) = SEQUENCE.unpack(chunk.app_metadata)
-                lanes, rows = rows_from_arrow(chunk.data, shard.schema)
+                (sequence,) = SEQUENCE.unpack(chunk.app_metadata or b"")
+                columns = check_batch(chunk.data, expected, max_rows=MAX_ROWS, max_bytes=MAX_BYTES)
+                lanes, rows = rows_from_arrow(columns, shard.schema)
                 while not shard.insert(name, sequence, lanes, rows, timeout_s=_POLL_S):
                     if self._closing.is_set() or context.is_cancelled():
                         return
+                fault("shard.before_reply")
                 writer.write(SEQUENCE.pack(sequence))
-        except (SchemaError, WriterClosedError, struct.error) as error:
-            raise flight.FlightServerError(str(error)) from None
         finally:
             shard.disconnect(name, closed=closed)
 
     def do_get(self, context: Any, ticket: Any) -> Any:
-        wanted = json.loads(ticket.ticket)
-        name, batch, horizon = str(wanted["stream"]), int(wanted["batch"]), int(wanted["horizon"])
-        if batch < 1 or horizon < 1 or int(wanted["prefetch"]) < 1:
-            raise flight.FlightServerError(f"batch, horizon and prefetch must be at least 1, received {wanted}")
-        stream = _Stream(int(wanted["prefetch"]))
-        schema = window_schema(self.shard.schema, horizon)
+        if (queue := _for_queue(ticket.ticket)) is not None:
+            return self._queues.do_get(context, queue)
+        try:
+            wanted = parse_json(
+                ticket.ticket,
+                what="the ticket of DoGet",
+                required={
+                    "stream": str,
+                    "table": str,
+                    "window": dict,
+                    "gather": ("shard", "reader"),
+                    "least": _MANY,
+                    "block": _MANY,
+                    "ahead": _MANY,
+                },
+            )
+            window = _window(wanted["window"], self.shard)
+            self.shard.table(wanted["table"])
+            if not wanted["least"] <= wanted["block"] <= wanted["ahead"]:
+                raise SchemaError(f"expected least ≤ block ≤ ahead, received {wanted}")
+            if wanted["stream"] in self._streams:
+                raise SchemaError(f"expected a stream id of its own, received {wanted['stream']!r}, which is in use")
+            schema = window_schema(self.shard.schema, window)
+        except (SchemaError, ValueError, OverflowError) as error:
+            raise flight.FlightServerError(str(error)) from None
+        schema = schema if wanted["gather"] == "shard" else ITEMS
+        return flight.GeneratorStream(schema, self._blocks(context, wanted, window, schema))
+
+    def _blocks(
+        self, context: Any, wanted: dict[str, Any], window: Window, schema: pa.Schema
+    ) -> Iterator[tuple[pa.RecordBatch, bytes]]:
+        """Blocks of windows for a reader, for as long as it is there."""
+        name, table = wanted["table"], self.shard.table(wanted["table"])
+        least, most = wanted["least"], wanted["block"]
         empty = pa.RecordBatch.from_pylist([], schema=schema)
+        stream = self._streams[wanted["stream"]] = _Stream(name, wanted["ahead"])
+        try:
+            while not self._closing.is_set() and not context.is_cancelled():
+                room = stream.room(least, _POLL_S)
+                found: tuple[pa.RecordBatch, int] | None = None
+                if room and schema is ITEMS:
+                    found = self._items(name, least, min(most, room))
+                elif room:
+                    found = self._windows(name, least, min(most, room), window, schema)
+                block, taken = found or (empty, 0)
+                stream.sent(block.num_rows)
+                yield block, BLOCK.pack(table.mass, table.items, taken)
+        finally:
+            self._streams.pop(wanted["stream"], None)
+            self.shard.unused(name, stream.unused)
 
-        def batches() -> Iterator[tuple[pa.RecordBatch, bytes]]:
-            self._streams[name] = stream
-            try:
-                while not self._closing.is_set() and not context.is_cancelled():
-                    windows = None
-                    if stream.may_send(_POLL_S):
-                        windows = self.shard.sample(batch, horizon, timeout_s=_POLL_S)
-                    if windows is not None:
-                        stream.sent()
-                    message = empty if windows is None else to_arrow(windows, schema)
-                    yield message, MASS.pack(self.shard.items)
-            finally:
-                del self._streams[name]
-                self.shard.unused(stream.unused * batch)
+    def _items(self, name: str, least: int, most: int) -> tuple[pa.RecordBatch, int] | None:
+        draw = self.shard.draw(name, least, most, timeout_s=_POLL_S)
+        if draw is None:
+            return None
+        n = len(draw)
+        key = draw.probability if draw.key is None else draw.key
+        columns = [column(f.type, array, n) for f, array in zip(ITEMS, (draw.rows, draw.probability, key), strict=True)]
+        return pa.RecordBatch.from_arrays(columns, schema=ITEMS), draw.taken
 
-        return flight.GeneratorStream(schema, batches())
+    def _windows(
+        self, name: str, least: int, most: int, window: Window, schema: pa.Schema
+    ) -> tuple[pa.RecordBatch, int] | None:
+        found = self.shard.sample(name, least, most, window, timeout_s=_POLL_S)
+        if found is None:
+            return None
+        draw, batch = found
+        return to_arrow(batch, draw.key, schema), draw.taken
 
     def do_action(self, context: Any, request: Any) -> list[bytes]:
-        body: dict[str, Any] = json.loads(request.body.to_pybytes() or b"{}")
-        match request.type:
-            case "lease":
-                if self._leader is None:
-                    raise flight.FlightServerError(f"shard {self.shard.index} does not hold the table's limiter")
-                self._leader.deleted(int(body["deleted"]))
-                timeout_s = min(float(body["timeout_s"]), _POLL_S)
-                side, count, block = body["side"], int(body["count"]), int(body["block"])
-                granted = self._leader.acquire_block(side, count, block, timeout_s=timeout_s)
-                answer: dict[str, Any] = {"granted": granted, "why": "" if granted else self._leader.why(side)}
+        if (queue := _for_queue(request.body)) is not None:
+            return [json.dumps(self._queues.do_action(request.type, queue)).encode()]
+        try:
+            return [json.dumps(self._act(request.type, request.body)).encode()]
+        except (SchemaError, ValueError, SnapshotError, OSError, pa.ArrowException) as error:
+            raise flight.FlightServerError(str(error)) from None
+
+    def _act(self, kind: str, body: pa.Buffer) -> dict[str, Any]:
+        what = f"the action {kind}"
+        match kind:
             case "stats":
-                answer = self.stats()
-            case unknown:
-                raise flight.FlightServerError(f"unknown action {unknown!r}; known are lease, stats")
-        return [json.dumps(answer).encode()]
+                parse_json(body, what=what, required={})
+                return self.stats()
+            case "describe":
+                parse_json(body, what=what, required={})
+                return self.describe()
+            case "snapshot":
+                return self.save(parse_json(body, what=what, required={"location": str})["location"])
+            case "lease":
+                counts: dict[str, Any] = {
+                    "least": _MANY,
+                    "most": _MANY,
+                    "deleted": range(2**62),
+                    "timeout_s": Between(0.0, 3600.0),
+                }
+                counts["shard"] = range(2**31)
+                words: dict[str, Any] = {"table": str, "side": ("insert", "sample"), "shard": range(2**31)}
+                asked = parse_json(body, what=what, required={**words, **counts})
+                side: Side = asked["side"]
+                granted, why = self._leader(asked["table"]).lease(
+                    side,
+                    asked["least"],
+                    asked["most"],
+                    asked["deleted"],
+                    min(asked["timeout_s"], _POLL_S),
+                    who=asked["shard"],
+                )
+                return {"granted": granted, "why": why}
+            case "take_back":
+                some = dict.fromkeys(("inserts", "samples", "deleted"), range(2**62))
+                asked = parse_json(body, what=what, required={"table": str, **some})
+                self._leader(asked["table"]).take_back(asked["inserts"], asked["samples"], asked["deleted"])
+                return {}
+        raise SchemaError(f"expected one of the actions describe, lease, snapshot, stats, take_back; received {kind!r}")
+
+    def _leader(self, table: str) -> RateLimiter:
+        self.shard.table(table)
+        if table not in self._leaders:
+            raise SchemaError(f"shard {self.shard.index} does not hold the limiters, shard 0 does")
+        return self._leaders[table]
 
     # ----------------------------------------------------------------- control
 
+    def describe(self) -> dict[str, Any]:
+        """What a reader must know: the layout of the storage, where it lies, and how its tables draw."""
+        return {
+            "index": self.shard.index,
+            "identity": self.shard.identity,
+            "path": self.shard.path,
+            **self.shard.layout.to_json(),
+        }
+
     def stats(self) -> dict[str, Any]:
-        """The shard's statistics; on shard 0 with the limiter's counters as well."""
+        """The shard's statistics; on shard 0 with the limiters' counters as well."""
         found = self.shard.stats()
-        if self._leader is not None:
-            found["limiter"] = {
-                "inserted": self._leader.inserted,
-                "sampled": self._leader.sampled,
-                "removed": self._leader.removed,
+        found["queues"] = {name: queue.stats() for name, queue in self._opened.items()}
+        for name, leader in self._leaders.items():
+            found["tables"][name]["limiter"] = {
+                "inserted": leader.inserted,
+                "sampled": leader.sampled,
+                "removed": leader.removed,
             }
         return found
 
-    def save(self, path: Path) -> dict[str, int]:
-        """Write a snapshot while serving. Returns the counters it holds."""
-        return snapshot.save(self.shard, path)
+    def save(self, location: str, previous: str | None = None) -> dict[str, int]:
+        """Write a snapshot to a folder or URI while serving. Returns its counters and bytes.
+
+        previous: where the last one was written: what has not changed since is linked or copied, not gathered again.
+        """
+        store = None if previous is None else SnapshotStore(previous)
+        saved = SnapshotStore(location).save(self.shard, shard=self.shard.index, previous=store)
+        return {**saved.header["counters"], "bytes": saved.size}
 
     def end_writer(self, writer: str) -> None:
         """End the lanes of a writer that is known to be dead."""
         self.shard.end_writer(writer)
 
-    def lost(self, items: int) -> None:
-        """Another shard of the table has lost items; on shard 0 only."""
-        if self._leader is None:
-            raise ValueError(f"shard {self.shard.index} does not hold the table's limiter")
-        self._leader.deleted(items)
+    def lost(self, table: str, items: int) -> None:
+        """Another shard has lost items of a table; on shard 0 only."""
+        self._leader(table).deleted(items)
 
-    def restore_limiter(self, *, inserted: int, sampled: int, items: int) -> None:
-        """Set the limiter's counters to the sums over all shards; on shard 0 only."""
-        if self._leader is None:
-            raise ValueError(f"shard {self.shard.index} does not hold the table's limiter")
-        self._leader.restore(inserted=inserted, sampled=sampled, removed=inserted - items)
+    def restore_limiter(self, table: str, *, inserted: int, sampled: int, items: int) -> None:
+        """Set a limiter's counters to the sums over all shards; on shard 0 only."""
+        self._leader(table).restore(inserted=inserted, sampled=sampled, removed=inserted - items)
 
-    def close(self) -> None:
-        """Stop serving and remove the storage file."""
+    def _release(self, *, remove: bool) -> None:
+        self.shard.close(remove=remove)
+        for queue in self._opened.values():
+            queue.close(remove=remove)
+
+    def close(self, *, remove: bool = True) -> None:
+        """Stop serving, and remove the storage file unless told otherwise."""
         self._closing.set()
-        self.shard.close()
+        for limiter in self._leased.values():
+            with suppress(pa.ArrowException, flight.FlightError):
+                limiter.return_unused()
+        self._release(remove=remove)
         self._health.stop(grace=None)
         # Flight waits for its streams, and that of an idle writer ends only when the writer does.
         stop = threading.Thread(target=self.shutdown, name="shutdown", daemon=True)
         stop.start()
         stop.join(timeout=2 * _POLL_S)
+
+
+def _for_queue(command: Any) -> dict[str, Any] | None:
+    """A message to the queue tables; None where it is to the tables of steps, or is none at all."""
+    with suppress(ValueError, TypeError):
+        found = json.loads(bytes(memoryview(command or b"")[:MAX_JSON_BYTES]))
+        if isinstance(found, dict) and "queue" in found:
+            return found
+    return None
+
+
+def _window(found: dict[str, Any], shard: Shard) -> Window:
+    """The window that a ticket asks for."""
+    rules: dict[str, Any] = {
+        "length": range(1, MOST_STEPS + 1),
+        "burn_in": range(MOST_STEPS + 1),
+        "stack": range(1, MOST_STACK + 1),
+        "observations": ("all", "ends"),
+        "distinct_frames": bool,
+    }
+    check_object(found, what="the window of DoGet", required={}, optional=rules)
+    window = Window(**found)
+    shard.check(window)
+    return window
+
+
+def _leased(leader: flight.FlightClient, table: str, spec: ShardSpec) -> LeasedLimiter:
+    """A share of the limiter on shard 0."""
+
+    def lease(side: Side, least: int, most: int, deleted: int, timeout_s: float) -> tuple[int, str]:
+        body = {
+            "side": side,
+            "least": least,
+            "most": most,
+            "deleted": deleted,
+            "timeout_s": timeout_s,
+            "shard": spec.index,
+        }
+        answer = action(leader, "lease", {"table": table, "shard": spec.index, **body})
+        return int(answer["granted"]), str(answer["why"])
+
+    def take_back(inserts: int, samples: int, deleted: int) -> None:
+        action(leader, "take_back", {"table": table, "inserts": inserts, "samples": samples, "deleted": deleted})
+
+    return LeasedLimiter(lease, take_back, insert_block=spec.insert_block, sample_block=spec.sample_block)

@@ -1,4 +1,4 @@
-"""One shard of a replay table: storage, uniform selector, pace, and the writers it knows.
+"""One shard of a replay service: its storage, its part of every table, and the writers it knows.
 
 The class is the same behind the Arrow Flight server (`replay.server`) and in the one-process mode, where it is called.
 """
@@ -7,28 +7,29 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
+from . import kernels
+from .buffers import buffers
+from .clock import log_waits
+from .copies import SegmentCopy, TableCopy
 from .files import StorageFile
-from .limiter import Clock, Limiter, RateLimiter, Side
-from .schema import SchemaError, StepSchema, WindowBatch
-from .storage import NONE, SegmentStorage
+from .gather import WindowReader
+from .kernels import NONE
+from .layout import Layout, TableSpec
+from .limiter import Limiter, RateLimiter
+from .queue_spec import QueueSpec
+from .rate_limit import RateLimit
+from .schema import SchemaError, StepSchema, Window, WindowBatch
+from .storage import SegmentStorage
+from .tables import Draw, Table
 
 MAX_LANES_PER_WRITER = 65_536
 LEASE_S = 90.0  # a writer away for longer is taken for dead; writers give up trying before that
-_RARE = 32  # rows in use per item beyond which items are listed and not guessed at
-
-
-@dataclass
-class _Writer:
-    last_sequence: int = -1
-    lanes: np.ndarray = field(default_factory=lambda: np.full(0, NONE, np.int64))  # the writer's lane → storage lane
-    connections: int = 0
-    seen: float = field(default_factory=time.monotonic)
 
 
 class WriterClosedError(ValueError):
@@ -44,100 +45,194 @@ class ShardSpec:
     index: int
     capacity: int  # steps of this shard
     segment_steps: int
-    samples_per_insert: float
-    min_size: int
-    error_buffer: float
     seed: int
     directory: str
+    tables: tuple[TableSpec, ...] = (TableSpec(),)
+    limits: tuple[RateLimit, ...] = (RateLimit.from_min_size(1),)  # of each table, over all shards
+    queues: tuple[QueueSpec, ...] = ()  # queue tables of rows of variable length, this shard's part
+    stack: int = 1  # frames that readers will stack: items that lack one are none
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
     limiter_address: str | None = None  # Flight address of shard 0; None on shard 0 itself
-    insert_block: int = 64  # credits that another shard than 0 leases from the limiter at once
+    insert_block: int = 64  # credits that another shard than 0 leases from a limiter at once
     sample_block: int = 256
     lease_s: float = LEASE_S  # how long a writer may be away
 
-    def limiter(self) -> RateLimiter:
-        """The limiter of the table, for its first shard."""
-        return RateLimiter(
-            samples_per_insert=self.samples_per_insert, min_size=self.min_size, error_buffer=self.error_buffer
-        )
+    def __post_init__(self) -> None:
+        if len(self.tables) != len(self.limits):
+            raise ValueError(f"expected a limit for each table, received {len(self.limits)} for {len(self.tables)}")
+
+    @property
+    def layout(self) -> Layout:
+        """What the shard's storage looks like: the capacity in whole segments."""
+        segments = self.capacity // self.segment_steps
+        return Layout(StepSchema.from_json(self.schema), segments, self.segment_steps, self.tables)
+
+    def limiters(self) -> dict[str, RateLimiter]:
+        """The limiters of the tables, for the first shard."""
+        return {table.name: RateLimiter(limit) for table, limit in zip(self.tables, self.limits, strict=True)}
+
+    def to_json(self) -> dict[str, Any]:
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            **found,
+            "tables": [asdict(table) for table in self.tables],
+            "limits": [limit.to_dict() for limit in self.limits],
+            "queues": [queue.to_json() for queue in self.queues],
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> ShardSpec:
+        tables = tuple(TableSpec(**table) for table in found["tables"])
+        limits = tuple(RateLimit.from_dict(limit) for limit in found["limits"])
+        queues = tuple(QueueSpec.from_json(queue) for queue in found["queues"])
+        return cls(**{**found, "tables": tables, "limits": limits, "queues": queues})
+
+
+class FairLock:
+    """A lock that a thread which lets go of it and wants it back at once leaves to those who wait."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()  # held by whoever is next
+        self._lock = threading.Lock()
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """As `threading.Lock.acquire`; the interface that a condition needs."""
+        if not blocking:
+            return self._lock.acquire(blocking=False)
+        with self._turn:
+            return self._lock.acquire()
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+@dataclass
+class _Writer:
+    slot: int
+    lanes: np.ndarray = field(default_factory=lambda: np.full(0, NONE, np.int64))  # the writer's lane → storage lane
+    connections: int = 0
+    seen: float = field(default_factory=time.monotonic)
 
 
 class Shard:
-    """Storage and uniform selection of windows; thread-safe."""
+    """Storage and tables; thread-safe."""
 
     def __init__(
         self,
-        schema: StepSchema,
-        limiter: Limiter,
+        layout: Layout,
+        limiters: Mapping[str, Limiter],
         *,
         index: int,
-        capacity: int,
-        segment_steps: int,
         seed: int,
+        stack: int = 1,
         lease_s: float = LEASE_S,
         file: StorageFile | None = None,
     ) -> None:
         """
-        index: number of this shard in its table.
-        capacity: steps it holds; rounded down to whole segments.
+        limiters: of each table, by name.
+        index: number of this shard in its service.
+        stack: frames that readers will stack.
         lease_s: seconds that a writer may be away before its lanes are ended.
-        file: where the rows lie; None keeps them in ordinary memory.
+        file: where everything lies; what a dead shard left in it is taken over. None keeps it in ordinary memory.
+
+        Raises:
+            StorageError: the file is no storage of this layout, or is damaged.
         """
-        self.schema = schema
-        self.limiter = limiter
+        self.schema = layout.schema
+        self.layout = layout
         self.index = index
-        self.clock = Clock()
+        self._stack = stack
         self._lease_s = lease_s
         self._file = file
+        self.recovered = file is not None and file.found
         self._storage = SegmentStorage(
-            schema,
-            segments=capacity // segment_steps,
-            segment_steps=segment_steps,
+            layout,
             memory=None if file is None else file.array(),
+            recover=self.recovered,
+            history=stack - 1 if layout.schema.large else 0,
+            changed=self._changed,
         )
-        self._rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index])))
+        self.tables = {
+            spec.name: Table(spec, place, self._storage, limiters[spec.name], seed + index)
+            for place, spec in enumerate(layout.tables)
+        }
+        self._storage.told()
+        self._limited = list(self.tables.values())
         self._writers: dict[str, _Writer] = {}
-        self._closed_writers: dict[str, int] = {}
-        self._lock = threading.Lock()
-        self._grew = threading.Condition(self._lock)
+        self._closed_writers: set[str] = set()
+        self._find_writers()
+        self._readers: dict[Window, WindowReader] = {}
+        self._lock = FairLock()
+        self._grew = threading.Condition(self._lock)  # type: ignore[arg-type]
         self.duplicates = 0
         self.leases_ended = 0
-        self._sampled = 0
 
     @classmethod
-    def from_spec(cls, spec: ShardSpec, limiter: Limiter) -> Shard:
-        """A shard whose rows lie in a storage file.
+    def from_spec(cls, spec: ShardSpec, limiters: Mapping[str, Limiter], *, recover: bool = False) -> Shard:
+        """A shard whose storage lies in a file; `recover`: in that of the shard it takes the place of, if there is one.
 
         Raises:
             OSError: too little space for the file.
+            StorageError: what is to be recovered is damaged.
         """
-        schema = StepSchema.from_json(spec.schema)
-        size = spec.capacity // spec.segment_steps * spec.segment_steps * schema.dtype.itemsize
-        return cls(
-            schema,
-            limiter,
-            index=spec.index,
-            capacity=spec.capacity,
-            segment_steps=spec.segment_steps,
-            seed=spec.seed,
-            lease_s=spec.lease_s,
-            file=StorageFile(spec.directory, run=spec.run, shard=spec.index, size=size),
-        )
+        layout = spec.layout
+        file = StorageFile(spec.directory, run=spec.run, shard=spec.index, size=layout.size, keep=recover)
+        try:
+            return cls(
+                layout,
+                limiters,
+                index=spec.index,
+                seed=spec.seed,
+                stack=spec.stack,
+                lease_s=spec.lease_s,
+                file=file,
+            )
+        except BaseException:
+            file.close(remove=not file.found)
+            raise
+
+    def _find_writers(self) -> None:
+        """The writers of a shard found after a crash; each has a lease from now on."""
+        for name, (slot, is_open) in self._storage.find_writers().items():
+            if not is_open:
+                self._closed_writers.add(name)
+                continue
+            lanes = self._storage.lanes_of(slot)
+            known = self._writers[name] = _Writer(slot, np.full(max(lanes, default=-1) + 1, NONE, np.int64))
+            for number, lane in lanes.items():
+                known.lanes[number] = lane
+
+    def _changed(self, gone: np.ndarray, new: np.ndarray) -> None:
+        for table in self.tables.values():
+            table.changed(gone, new)
 
     # ---------------------------------------------------------------- writing
 
     def connect(self, writer: str) -> int:
-        """A writer opens a stream. Returns the sequence number of its last batch applied, −1 for a new writer."""
+        """A writer opens a stream. Returns the sequence number of its last batch applied, −1 for a new writer.
+
+        Raises:
+            WriterClosedError: a writer of this name was closed.
+            SchemaError: too many writers, or a name too long.
+        """
         with self._lock:
             self._end_leases()
             if writer in self._closed_writers:
                 raise WriterClosedError(
                     f"writer {writer} was closed (its lease is {self._lease_s:g} s); open a new one"
                 )
-            known = self._writers.setdefault(writer, _Writer())
+            known = self._writers.get(writer)
+            if known is None:
+                known = self._writers[writer] = _Writer(self._storage.open_writer(writer))
             known.connections += 1
-            return known.last_sequence
+            return self._storage.last_sequence(known.slot)
 
     def disconnect(self, writer: str, *, closed: bool) -> None:
         """A stream of a writer ended; `closed`: the writer is done, and its lanes end."""
@@ -160,46 +255,60 @@ class Shard:
         """Apply a batch of steps once.
 
         lanes: int32 (n,), the writer's own lane numbers; rows: structured (n,), those of one lane in time order.
-        Returns False when the limiter did not let it in within `timeout_s`: nothing changed, ask again. A batch whose
+        Returns False when a limiter did not let it in within `timeout_s`: nothing changed, ask again. A batch whose
         sequence number was applied before is left out, and True returned.
 
         Raises:
             SchemaError: the rows' layout or the lane numbers do not fit.
             WriterClosedError: the writer is not connected, or its lease has ended.
         """
-        if rows.dtype != self.schema.dtype:
-            raise SchemaError(f"rows have the layout {rows.dtype}; the table expects {self.schema!r}")
-        if len(lanes) != len(rows):
-            raise SchemaError(f"{len(lanes)} lanes came with {len(rows)} rows; expected one lane for each row")
-        if len(lanes) and not 0 <= int(lanes.min()) <= int(lanes.max()) < MAX_LANES_PER_WRITER:
-            raise SchemaError(f"lanes {lanes.min()}…{lanes.max()} lie outside 0…{MAX_LANES_PER_WRITER - 1}")
         with self._lock:
-            if sequence <= self._known(writer).last_sequence:
+            known = self._known(writer)
+            if sequence <= self._storage.last_sequence(known.slot):
                 self.duplicates += 1
                 return True
-        # An episode's last row is no insert. The newest row of a lane is one, though it can be drawn only after the next.
-        wanted = len(rows) - int(np.count_nonzero(rows["is_last"]))
-        with self.clock.state("wait_insert_s"):
-            if not self.limiter.acquire("insert", wanted, timeout_s=timeout_s):
-                return False
-        with self._lock, self.clock.state("insert_s"):
-            try:
+            if rows.dtype != self.schema.dtype:
+                raise SchemaError(f"rows have the layout {rows.dtype}, the table's schema is {self.schema.dtype}")
+            if len(lanes) != len(rows):
+                raise SchemaError(f"expected a lane for each row, received {len(lanes)} lanes and {len(rows)} rows")
+            places = self._storage_lanes(known, lanes)
+            wanted = self._storage.count_items(known.slot, sequence, places, rows).tolist()
+        if not self._admit(wanted, timeout_s):
+            return False
+        try:
+            with self._lock, self._limited[0].clock.state("inserting"):
                 known = self._known(writer)
-                if sequence <= known.last_sequence:  # an older stream of the writer applied it meanwhile
+                if sequence <= self._storage.last_sequence(known.slot):  # an older stream applied it meanwhile
                     self.duplicates += 1
-                    self.limiter.give_back("insert", wanted)
+                    self._take_back(wanted)
                     return True
-                deleted = self._storage.items_deleted
-                self._storage.append(self._storage_lanes(known, lanes), rows)
-                known.last_sequence = sequence
+                self._storage.append(known.slot, sequence, places, rows)
                 known.seen = time.monotonic()
-            except Exception:
-                self.limiter.give_back("insert", wanted)
-                raise
-            if self._storage.items_deleted != deleted:
-                self.limiter.deleted(self._storage.items_deleted - deleted)
-            self._grew.notify_all()
+                self._grew.notify_all()
+        except Exception:
+            self._take_back(wanted)
+            raise
         return True
+
+    def _admit(self, wanted: Sequence[int], timeout_s: float) -> bool:
+        """Ask every table's limiter."""
+        for place, (table, count) in enumerate(zip(self._limited, wanted, strict=True)):
+            if count == 0:
+                continue
+            if table.limiter.acquire("insert", count, count, timeout_s=0.0):
+                continue
+            with table.clock.state("waiting_for_samples"):
+                granted = table.limiter.acquire("insert", count, count, timeout_s=timeout_s)
+            log_waits(table.clock, table.limiter, table=table.spec.name)
+            if not granted:
+                self._take_back(wanted[:place])
+                return False
+        return True
+
+    def _take_back(self, wanted: Sequence[int]) -> None:
+        for table, count in zip(self._limited, wanted, strict=False):
+            if count:
+                table.limiter.give_back("insert", count)
 
     def _known(self, writer: str) -> _Writer:
         known = self._writers.get(writer)
@@ -208,7 +317,11 @@ class Shard:
         return known
 
     def _storage_lanes(self, writer: _Writer, lanes: np.ndarray) -> np.ndarray:
-        most = int(lanes.max(initial=-1))
+        """The storage's lanes for a writer's own, those it uses for the first time opened."""
+        least, most = int(lanes.min(initial=0)), int(lanes.max(initial=-1))
+        if least < 0 or most >= MAX_LANES_PER_WRITER:
+            wrong = least if least < 0 else most
+            raise SchemaError(f"expected lane numbers from 0 to {MAX_LANES_PER_WRITER - 1}, received {wrong}")
         if most >= len(writer.lanes):
             grown = np.full(most + 1, NONE, np.int64)
             grown[: len(writer.lanes)] = writer.lanes
@@ -216,15 +329,17 @@ class Shard:
         mapped: np.ndarray = writer.lanes[lanes]
         if (mapped == NONE).any():
             for lane in np.unique(lanes[mapped == NONE]).tolist():
-                writer.lanes[lane] = self._storage.open_lane()
+                writer.lanes[lane] = self._storage.open_lane(writer.slot, lane)
             mapped = writer.lanes[lanes]
         return mapped
 
     def _close_writer(self, writer: str) -> None:
         known = self._writers.pop(writer)
-        self._closed_writers[writer] = known.last_sequence
-        cut = sum(self._storage.close_lane(lane) for lane in known.lanes[known.lanes != NONE].tolist())
-        self.limiter.give_back("insert", cut)
+        self._closed_writers.add(writer)
+        cut = self._storage.close_writer(known.slot)
+        for table in self._limited:
+            if cut and table.spec.stride == 1:  # counted as inserts to come, which they will never be
+                table.limiter.give_back("insert", cut)
 
     def _end_leases(self) -> None:
         now = time.monotonic()
@@ -235,140 +350,300 @@ class Shard:
 
     # --------------------------------------------------------------- sampling
 
-    def sample(self, count: int, horizon: int, *, timeout_s: float) -> WindowBatch | None:
-        """Windows of up to `horizon` steps, drawn uniformly with replacement over the shard's items.
+    def table(self, name: str) -> Table:
+        """A table by name.
 
-        `probability` is the share inside this shard. None: not allowed, or nothing stored, within `timeout_s`.
+        Raises:
+            SchemaError: there is none of this name.
         """
+        if name not in self.tables:
+            raise SchemaError(
+                f"expected a table of shard {self.index}, which has {', '.join(self.tables)}; received {name!r}"
+            )
+        return self.tables[name]
+
+    def _allowed(self, table: Table, least: int, most: int, timeout_s: float) -> int:
+        """Wait until the table has items and its limiter lets `least` to `most` be sampled; 0 when it does not."""
         deadline = time.monotonic() + timeout_s
-        with self.clock.state("wait_sample_s"):
+        if table.can_draw(least) and (granted := table.limiter.acquire("sample", least, most, timeout_s=0.0)):
+            return granted
+        with table.clock.state("waiting_for_inserts"):
             with self._lock:
-                if not self._grew.wait_for(lambda: self._storage.items > 0, timeout_s):
-                    return None
-            if not self.limiter.acquire("sample", count, timeout_s=max(0.0, deadline - time.monotonic())):
-                return None
-        with self._lock, self.clock.state("sample_s"):
-            storage = self._storage
-            if storage.items == 0:  # recycled meanwhile
-                self.limiter.give_back("sample", count)
-                return None
-            start = self._draw(count)
-            rows, length = storage.windows(start, horizon)
-            self._sampled += count
-            return WindowBatch(
-                steps=storage.gather(rows),
-                length=length,
-                item=storage.item_ids(start),
-                shard=np.full(count, self.index, np.int32),
-                probability=np.full(count, 1.0 / storage.items),
+                filled = self._grew.wait_for(lambda: table.can_draw(least), timeout_s)
+            granted = 0
+            if filled:
+                left = max(0.0, deadline - time.monotonic())
+                granted = table.limiter.acquire("sample", least, most, timeout_s=left)
+        log_waits(table.clock, table.limiter, table=table.spec.name)
+        return granted
+
+    def check(self, window: Window) -> None:
+        """
+        Raises:
+            SchemaError: a window that this shard cannot give.
+        """
+        window.check(self.schema)
+        if window.stack > self._stack:
+            raise SchemaError(
+                f"expected a stack of at most {self._stack} frames, for which the shard keeps items whole (ShardSpec.stack); "
+                f"received {window.stack}"
             )
 
-    def _draw(self, count: int) -> np.ndarray:
-        """Items, uniformly with replacement: row numbers, those that are no item thrown away."""
-        storage, bound = self._storage, self._storage.rows_in_use
-        if storage.items * _RARE < bound:
-            rows = np.flatnonzero(storage.is_item[:bound])
-            return rows[self._rng.integers(0, len(rows), size=count)]
-        drawn = np.empty(0, np.int64)
-        while len(drawn) < count:
-            share = storage.items / bound
-            guess = self._rng.integers(0, bound, size=int((count - len(drawn)) / share * 1.1) + 8)
-            drawn = np.concatenate([drawn, guess[storage.is_item[guess]]])
-        return drawn[:count]
+    def draw(self, name: str, least: int, most: int, *, timeout_s: float) -> Draw | None:
+        """Draw `least` to `most` items of a table. None: not allowed, or nothing stored, within `timeout_s`."""
+        table = self.table(name)
+        granted = self._allowed(table, least, most, timeout_s)
+        if not granted:
+            return None
+        with self._lock, table.clock.state("sampling"):
+            return self._draw(table, granted)
 
-    def unused(self, count: int) -> None:
-        """Give back samples that were drawn and never used."""
-        self.limiter.give_back("sample", count)
+    def _draw(self, table: Table, granted: int) -> Draw | None:
+        draw = table.draw(granted)
+        if (missing := granted - (0 if draw is None else len(draw))) > 0:  # recycled or used up meanwhile
+            table.limiter.give_back("sample", missing)
+        return draw
+
+    def sample(
+        self,
+        name: str,
+        least: int,
+        most: int,
+        window: Window,
+        *,
+        timeout_s: float,
+        out: WindowBatch | None = None,
+        at: int = 0,
+    ) -> tuple[Draw, WindowBatch] | None:
+        """Draw items of a table, and gather their windows into places `at` … of `out`, or into a batch of their own.
+
+        None: not allowed, or nothing stored, within `timeout_s`. `probability` is the share inside this shard.
+        """
+        table = self.table(name)
+        reader = self._readers.get(window)
+        if reader is None:
+            self.check(window)
+            reader = self._readers[window] = WindowReader(self.layout, self._storage.arrays, window)
+        granted = self._allowed(table, least, most, timeout_s)
+        if not granted:
+            return None
+        with self._lock, table.clock.state("sampling"):
+            draw = self._draw(table, granted)
+            if draw is None:
+                return None
+            if out is None:
+                out = buffers(self.schema, window, len(draw))
+            reader.read(draw.rows, out, at, out.frame_count)
+            out.frame_count += reader.distinct
+            end = at + len(draw)
+            out.probability[at:end] = draw.probability
+            out.shard[at:end] = self.index
+            return draw, out
+
+    def best_keys(self, name: str, count: int) -> np.ndarray:
+        """Keys of the next items of an ordered table, up to `count`, which stay where they are."""
         with self._lock:
-            self._sampled -= count
+            return self.table(name).best_keys(count)
+
+    def unused(self, name: str, count: int) -> None:
+        """Give back samples that were drawn and never used."""
+        table = self.table(name)
+        with self._lock:
+            table.undrawn(count)
+
+    def update_priorities(self, name: str, ids: np.ndarray, priorities: np.ndarray) -> None:
+        """New priorities by stable item id: int64 (n,), float64 (n,). Items no longer there are left out and counted.
+
+        Raises:
+            SchemaError: no such table, or a priority that is negative or not a number; nothing changed.
+        """
+        table = self.table(name)
+        with self._lock:
+            try:
+                table.update_priorities(self._storage.rows_of(ids), priorities)
+                self._grew.notify_all()  # what had no mass may have some now
+            except ValueError as error:
+                raise SchemaError(str(error)) from None
 
     # ------------------------------------------------------------------ state
 
-    @property
-    def items(self) -> int:
-        """Windows that can be drawn: the shard's mass."""
-        return self._storage.items
-
-    @property
-    def inserted(self) -> int:
-        """Items inserted over the shard's life."""
-        return self._storage.items_inserted
-
     def stats(self) -> dict[str, Any]:
-        """Counters since the shard's start, seconds per state, and what it waits for."""
+        """Counters over the shard's life, those of its tables, and what is waited for. Leases that are over end here."""
         with self._lock:
             self._end_leases()
-            storage = self._storage
             found: dict[str, Any] = {
-                "items": storage.items,
-                "inserted": storage.items_inserted,
-                "deleted": storage.items_deleted,
-                "sampled": self._sampled,
-                "capacity": len(storage.rows),
+                "capacity": self.layout.rows,
+                "bytes": self.layout.size,
                 "writers": len(self._writers),
                 "duplicates": self.duplicates,
                 "leases_ended": self.leases_ended,
+                "recovered": self.recovered,
+                "tables": {name: table.stats() for name, table in self.tables.items()},
             }
-        found.update({f"time/{state}": seconds for state, seconds in self.clock.seconds().items()})
-        sides: tuple[tuple[str, Side], ...] = (("writer", "insert"), ("sampler", "sample"))
-        found["waiting"] = [
-            f"{who} for {seconds:.0f} s: waiting for {self.limiter.why(side)}"
-            for who, side in sides
-            if (seconds := self.clock.longest(f"wait_{side}_s")) > 1.0
-        ]
-        return found
+        waiting = []
+        for name, table in self.tables.items():
+            log_waits(table.clock, table.limiter, table=name)
+            for who, state, side in (
+                ("writer", "waiting_for_samples", "insert"),
+                ("sampler", "waiting_for_inserts", "sample"),
+            ):
+                if (seconds := table.clock.longest(state)) > 1.0:  # type: ignore[arg-type]
+                    why = table.limiter.why(side)  # type: ignore[arg-type]
+                    waiting.append(f"{who} of table {name} for {seconds:.0f} s: waiting for {why}")
+        return {**found, "waiting": waiting}
 
-    def copy(self) -> tuple[dict[str, int], Iterator[tuple[int, int, np.ndarray]]]:
-        """The shard as it stands: its counters, and its segments, oldest first.
+    @property
+    def path(self) -> str | None:
+        """The storage file; None where it is ordinary memory."""
+        return None if self._file is None else str(self._file.path)
 
-        A segment is (sequence, sequence of the lane's next segment or NONE, rows). Steps that come in while the caller
-        iterates are left out, segments recycled meanwhile skipped. The lock is held for one copy at a time, so that
-        writers and samplers are hardly held up.
+    @property
+    def identity(self) -> str:
+        """A name no other storage ever had."""
+        return self._storage.identity
+
+    def copy(self, skip: Set[tuple[int, int]] = frozenset()) -> tuple[dict[str, Any], Iterator[SegmentCopy]]:
+        """The shard as it stands: a header, and its segments, oldest first (`replay.copies`).
+
+        Steps that come in while the caller iterates are left out, segments recycled meanwhile skipped. The lock is held
+        for one copy at a time, so that writers and samplers are hardly held up.
         """
+        storage, steps = self._storage, self.layout.segment_steps
+        segments = storage.arrays["segments"]
         with self._lock:
-            filled = self._storage.filled()
-            counters = {"inserted": self._storage.items_inserted, "sampled": self._sampled}
+            used = np.flatnonzero(segments[kernels.SEQUENCE] != NONE)
+            used = used[np.argsort(segments[kernels.SEQUENCE, used])]
+            filled = [(int(s), int(segments[kernels.SEQUENCE, s]), int(segments[kernels.FILL, s])) for s in used]
+            header = {
+                "storage": self.identity,
+                "schema": self.schema.to_json(),
+                "settings": {
+                    "capacity": self.layout.rows,
+                    "segment_steps": steps,
+                },
+                "counters": self._counters(),
+                "tables": {
+                    name: {
+                        "settings": asdict(table.spec),
+                        "counters": {"inserted": table.inserted, "sampled": table.sampled, "items": table.items},
+                    }
+                    for name, table in self.tables.items()
+                },
+            }
 
-        def segments() -> Iterator[tuple[int, int, np.ndarray]]:
+        def copies() -> Iterator[SegmentCopy]:
             for segment, sequence, count in filled:
                 with self._lock:
-                    if not self._storage.still(segment, sequence):
+                    if segments[kernels.SEQUENCE, segment] != sequence or count == 0:
                         continue
-                    start = segment * self._storage.segment_steps
-                    following = self._storage.next_sequence(segment)
-                    rows = self._storage.gather(np.arange(start, start + count))
-                yield sequence, following, rows
+                    copied = self._copy_segment(segment, sequence, count, with_rows=(sequence, count) not in skip)
+                yield copied
 
-        return counters, segments()
+        return header, copies()
 
-    def restore(self, segments: Iterator[tuple[int, int, np.ndarray]], counters: dict[str, int]) -> None:
+    def _counters(self) -> dict[str, int]:
+        first = self._limited[0]
+        return {"inserted": first.inserted, "sampled": first.sampled}
+
+    def _copy_segment(self, segment: int, sequence: int, count: int, *, with_rows: bool) -> SegmentCopy:
+        storage, steps = self._storage, self.layout.segment_steps
+        segments = storage.arrays["segments"]
+        following = int(segments[kernels.NEXT, segment])
+        if following != NONE and segments[kernels.PREVIOUS, following] != segment:
+            following = NONE  # recycled before this one
+        begin = segment * steps
+        place = slice(begin, begin + count)
+        rows = index = None
+        if with_rows:
+            rows = np.empty(count, self.schema.dtype)
+            raw = rows.view(np.uint8).reshape(count, -1)
+            packed = self.schema.packed.itemsize
+            raw[:, :packed] = storage.packed[place]
+            raw[:, packed:] = storage.large[place]
+            index = np.arange(count) + int(segments[kernels.FIRST_INDEX, segment])
+            first = rows["is_first"]
+            starts = np.maximum.accumulate(np.where(first, np.arange(count), -1))
+            index = np.where(starts >= 0, np.arange(count) - starts, index)
+        return SegmentCopy(
+            sequence=sequence,
+            following=int(segments[kernels.SEQUENCE, following]) if following != NONE else NONE,
+            complete=bool(segments[kernels.OWNER, segment] == NONE),  # full, or its lane has ended
+            count=count,
+            index=index,
+            rows=rows,
+            tables={name: TableCopy(*table.copy(place)) for name, table in self.tables.items()},
+        )
+
+    def restore(self, header: dict[str, Any], segments: Iterator[SegmentCopy]) -> None:
         """Fill an empty shard from a `copy`, every lane closed, and take over its counters.
 
-        The limiter's counters are the caller's to restore.
+        The limiters' counters are the caller's to restore.
         """
         with self._lock:
-            if self._storage.items_inserted:
-                raise ValueError(
-                    f"shard {self.index} holds {self._storage.items_inserted} steps; only an empty one can be restored"
-                )
-            lane_of: dict[int, int] = {}  # sequence of the next segment of a lane → lane
-            for sequence, following, rows in segments:
-                lane = lane_of.pop(sequence, NONE)
+            if self._storage.taken:
+                raise ValueError(f"shard {self.index} holds steps already; only an empty one can be restored")
+            slot = self._storage.open_writer("restored")
+            lane_of: dict[int, int] = {}  # number of the next segment of a lane → lane
+            last: dict[int, Any] = {}
+            number = 0
+            for sequence, copied in enumerate(segments):
+                assert copied.rows is not None
+                lane = lane_of.pop(copied.sequence, NONE)
                 if lane == NONE:
-                    lane = self._storage.open_lane()
-                self._storage.append(np.full(len(rows), lane), rows)
-                if following == NONE:
+                    lane, number = self._storage.open_lane(slot, number), number + 1
+                self._restore_segment(slot, sequence, lane, copied, last)
+                if copied.following == NONE:
                     self._storage.close_lane(lane)
                 else:
-                    lane_of[following] = lane
-            for lane in lane_of.values():  # their next segment was recycled while the copy was made
-                self._storage.close_lane(lane)
-            self._storage.items_inserted = counters["inserted"]
-            self._storage.items_deleted = counters["inserted"] - self._storage.items
-            self._sampled = counters["sampled"]
+                    lane_of[copied.following] = lane
+            self._storage.close_writer(slot)  # lanes whose next segment was recycled while the copy was made
+            self._storage.forget_writer(slot)
+            state = self._storage.state
+            for place, (name, table) in enumerate(self.tables.items()):
+                known = header["tables"].get(name, {}).get("counters") or {**header["counters"]}
+                state[kernels.INSERTED + place] = max(int(known["inserted"]), table.items)
+                state[kernels.SAMPLED + place] = int(known["sampled"])
             self._grew.notify_all()
 
-    def close(self) -> None:
-        """Remove the storage file."""
+    def _restore_segment(self, slot: int, sequence: int, lane: int, copied: SegmentCopy, last: dict[int, Any]) -> None:
+        """Append a segment to a lane; `last` keeps what tables knew of each lane's newest row, which is no item yet."""
+        storage, rows = self._storage, copied.rows
+        assert rows is not None
+        lanes = storage.arrays["lanes"]
+        if lanes[kernels.NEWEST, lane] == NONE and copied.index is not None and len(copied.index):
+            lanes[kernels.INDEX, lane] = copied.index[0] - 1  # the lane's earlier steps are gone
+        before = int(lanes[kernels.NEWEST, lane])
+        storage.append(slot, sequence, np.full(len(rows), lane, np.int64), np.ascontiguousarray(rows))
+        if before != NONE and lane in last:
+            self._restore_tables(np.array([before]), last.pop(lane))
+        self._restore_tables(self._newest(lane, len(rows)), copied.tables)
+        last[lane] = {name: known.rows(slice(-1, None)) for name, known in copied.tables.items()}
+
+    def _restore_tables(self, rows: np.ndarray, tables: Mapping[str, TableCopy]) -> None:
+        """Make of those rows, int64 (n,), that are items what a copy told of them; NONE among them are left out."""
+        for name, table in self.tables.items():
+            if name in tables:
+                here = (rows != NONE) & (self._storage.flags[rows] & table.bit != 0)
+                known = tables[name].rows(here)
+                table.restore(rows[here], known.member, known.priority, known.times_sampled)
+
+    def _newest(self, lane: int, count: int) -> np.ndarray:
+        """Rows of a lane's newest `count` steps, in time order; NONE for those recycled already. int64 (count,)."""
+        segments, steps = self._storage.arrays["segments"], self.layout.segment_steps
+        row, found = int(self._storage.arrays["lanes"][kernels.NEWEST, lane]), []
+        while count > 0:
+            segment, offset = divmod(row, steps)
+            here = min(offset + 1, count)
+            found.append(np.arange(row - here + 1, row + 1))
+            count -= here
+            previous = int(segments[kernels.PREVIOUS, segment])
+            if previous == NONE or segments[kernels.NEXT, previous] != segment:
+                found.append(np.full(count, NONE))
+                break
+            row = (previous + 1) * steps - 1
+        return np.concatenate(found[::-1])
+
+    def close(self, *, remove: bool = True) -> None:
+        """Let go of the storage file, and remove it unless told otherwise."""
         if self._file is not None:
-            self._file.close()
+            self._file.close(remove=remove)

@@ -1,73 +1,200 @@
 """Steps as packed rows in a pool of segments that lanes fill and that are recycled, oldest first.
 
 A lane (one environment of one actor) writes its steps in time order into a segment of its own and takes the next one from
-the pool when that is full. Rows of a lane are therefore neighbours, but where a segment ends: `_next` links it to the
-lane's next one. A *row number* is a place in the storage; an *item* is a row that a window can start at: it is not an
-episode's last row, and its successor is written.
+the pool when that is full. Rows of a lane are therefore neighbours, but where a segment ends: a link leads to the lane's
+next one. A *row number* is a place in the storage. A row is *linked* when its successor in the episode is written; the
+linked rows at a table's stride are its *items*.
+
+Everything lies in one block of memory, which a shard maps from a file: what was committed is there after a crash
+(`replay.kernels` says how).
 """
 
 from __future__ import annotations
 
-from collections import deque
+import uuid
+from collections.abc import Callable
 
 import numpy as np
 
-from .schema import SchemaError, StepSchema
+from . import append_kernels, faults, kernels, read_kernels
+from .kernels import NONE
+from .layout import MAX_WRITERS, NAME_BYTES, Layout, read_header
+from .schema import SchemaError
 
-NONE = -1
+
+class StorageError(RuntimeError):
+    """A storage file does not hold what its shard expects."""
+
+
+Changed = Callable[[np.ndarray, np.ndarray], None]
 
 
 class SegmentStorage:
-    """Packed rows of one shard. Not thread-safe: the shard holds a lock."""
+    """The rows of one shard. Not thread-safe: the shard holds a lock."""
 
     def __init__(
-        self, schema: StepSchema, *, segments: int, segment_steps: int, memory: np.ndarray | None = None
+        self,
+        layout: Layout,
+        *,
+        memory: np.ndarray | None = None,
+        recover: bool = False,
+        history: int = 0,
+        changed: Changed = lambda gone, new: None,
     ) -> None:
-        """Room for `segments` × `segment_steps` rows.
-
-        `memory`: uint8 (≥ segments · segment_steps · row bytes,) to keep the rows in; None takes ordinary memory.
         """
-        self.schema = schema
-        self.segments = segments
-        self.segment_steps = segment_steps
-        row_bytes = schema.dtype.itemsize
-        size = segments * segment_steps * row_bytes
-        memory = np.zeros(size, np.uint8) if memory is None else memory[:size]
-        self.rows = memory.view(schema.dtype)  # (segments · segment_steps,)
-        # numpy copies a structured row field by field, and a void row by memcpy.
-        self._raw = memory.view(np.dtype((np.void, row_bytes)))
-        self.is_item = np.zeros(segments * segment_steps, bool)
-        self.items = 0
-        self.items_inserted = 0
-        self.items_deleted = 0
-        self._fill = np.zeros(segments, np.int64)
-        self._next = np.full(segments, NONE, np.int64)
-        self._sequence = np.full(
-            segments, NONE, np.int64
-        )  # place of a segment in the order in which segments were taken
-        self._taken = 0
-        self._age: deque[int] = deque()  # segments in use, oldest first
-        self._lane_row = np.full(64, NONE, np.int64)  # newest row of each lane
-        self._lane_segment = np.full(64, NONE, np.int64)
-        self._free_lanes: list[int] = []
-        self._lanes = 0
+        memory: uint8 (≥ layout.size,) to keep everything in, zeros unless `recover`; None takes ordinary memory.
+        recover: `memory` is that of a shard that has died.
+        history: rows before an item, of its episode, without which it is no item: what its frames are stacked from.
+        changed: called with the rows that are items no longer and those that have become items, both int64 (n,), as
+            row · 256 + flags: the flags they had, or have. A row may be in both lists; what it is now, its flags tell.
+            Without the bit LINKED, a new row was to be an item and is none: frames before it are gone.
 
-    @property
-    def rows_in_use(self) -> int:
-        """Row numbers below this one may be items."""
-        return min(self._taken, self.segments) * self.segment_steps
+        Raises:
+            StorageError: what is to be recovered is no storage, or one of another layout.
+        """
+        self.layout = layout
+        self.history = history
+        self._changed = changed
+        memory = np.zeros(layout.size, np.uint8) if memory is None else memory[: layout.size]
+        arrays = layout.carve(memory)
+        self.arrays = arrays
+        self.state, self.flags = arrays["state"], arrays["flags"]
+        self.packed, self.large = arrays["packed"], arrays["large"]
+        self._segments, self._lanes, self._writers = arrays["segments"], arrays["lanes"], arrays["writers"]
+        self._names = arrays["names"]
+        schema = layout.schema
+        self.rows = self.packed.reshape(-1).view(schema.packed)  # structured (rows,)
+        self._row_words = schema.dtype.itemsize // 8
+        self._first_byte = int(schema.dtype.fields["is_first"][1])  # type: ignore[index]
+        self._last_byte = int(schema.dtype.fields["is_last"][1])  # type: ignore[index]
+        self._strides = np.array([table.stride for table in layout.tables], np.int64)
+        self._sparse = any(table.drops_early for table in layout.tables)
+        self._words = self.packed.view(np.uint64)
+        self._large_words = self.large.view(np.uint64)
+        self._mark = np.full(layout.segments, NONE, np.int64)
+        self._scratch = np.zeros((2, layout.segments), np.int64)
+        self._gone = np.empty(64 * (layout.segment_steps + history), np.int64)
+        self._fault = np.array(faults.wanted(kernels.FAULTS), np.int64)
+        if recover:
+            self._recover(memory)
+        else:
+            self._segments[kernels.FILL] = 0
+            self._segments[kernels.NEXT :] = NONE
+            self._lanes[:] = NONE
+            layout.write_header(memory, uuid.uuid4().hex)
+        header = read_header(memory)
+        assert header is not None
+        self.identity = str(header["identity"])
+        lanes = int(self.state[kernels.LANES])
+        self._free_lanes = [lane for lane in range(lanes) if self._lanes[kernels.WRITER, lane] == NONE]
+        self._writing = int(np.count_nonzero(self._lanes[kernels.SEGMENT, :lanes] != NONE))
+
+    def _recover(self, memory: np.ndarray) -> None:
+        header = read_header(memory)
+        if header is None:
+            raise StorageError("the file is no replay storage")
+        if Layout.from_json(header) != self.layout:
+            raise StorageError(f"the file has another layout: expected {self.layout}, found {Layout.from_json(header)}")
+        found = append_kernels.replay_journal(
+            self.packed,
+            self.flags,
+            self.state,
+            self._segments,
+            self._lanes,
+            self._writers,
+            self.arrays["journal"],
+            self._strides,
+            self._first_byte,
+            self._last_byte,
+            self.history,
+            np.empty(self.layout.rows + self.history, np.int64),
+        )
+        if found < 0:
+            raise StorageError("the checksum of the journal's last record is wrong: the file is damaged")
+        owners = self._segments[kernels.OWNER]
+        owned = np.flatnonzero(owners != NONE)
+        owners[owned[self._lanes[kernels.SEGMENT, owners[owned]] != owned]] = NONE
+        if self.history:
+            append_kernels.drop_unstackable(self.packed, self.flags, self._segments, self._first_byte, self.history)
+
+    # ---------------------------------------------------------------- writers
+
+    def find_writers(self) -> dict[str, tuple[int, bool]]:
+        """(slot, open) of every writer that is known, by name."""
+        state = self._writers[kernels.WRITER_STATE]
+        return {
+            self._names[slot].decode(): (int(slot), bool(state[slot] == kernels.WRITER_OPEN))
+            for slot in np.flatnonzero(state != kernels.WRITER_FREE)
+        }
+
+    def open_writer(self, name: str) -> int:
+        """A slot for a new writer. Where none is free, that of the writer closed first is forgotten.
+
+        Raises:
+            SchemaError: too many writers are open, or the name is too long.
+        """
+        encoded = name.encode()
+        if len(encoded) > NAME_BYTES:
+            raise SchemaError(f"expected a writer's name of at most {NAME_BYTES} bytes, received {len(encoded)}")
+        state, closed = self._writers[kernels.WRITER_STATE], self._writers[kernels.PARTIAL]
+        free = np.flatnonzero(state == kernels.WRITER_FREE)
+        if len(free):
+            slot = int(free[0])
+        else:
+            old = np.flatnonzero(state == kernels.WRITER_CLOSED)
+            if not len(old):
+                raise SchemaError(f"{MAX_WRITERS} writers are open, as many as a shard can hold")
+            slot = int(old[np.argmin(closed[old])])
+            state[slot] = kernels.WRITER_FREE
+        self._names[slot] = encoded
+        self._writers[kernels.SEQUENCE_DONE, slot] = NONE
+        self._writers[kernels.PARTIAL, slot] = 0
+        state[slot] = kernels.WRITER_OPEN
+        return slot
+
+    def last_sequence(self, slot: int) -> int:
+        """Sequence number of the last batch of a writer that is applied in full; −1 for none."""
+        return int(self._writers[kernels.SEQUENCE_DONE, slot])
+
+    def lanes_of(self, slot: int) -> dict[int, int]:
+        """A writer's own lane number → lane of the storage."""
+        lanes = np.flatnonzero(self._lanes[kernels.WRITER, : self.state[kernels.LANES]] == slot)
+        return dict(zip(self._lanes[kernels.NUMBER, lanes].tolist(), lanes.tolist(), strict=True))
+
+    def close_writer(self, slot: int) -> int:
+        """End a writer and its lanes. Returns how many episodes were cut, each by a row that will now never be an item."""
+        cut = sum(self.close_lane(lane) for lane in self.lanes_of(slot).values())
+        self.state[kernels.CLOSED_WRITERS] += 1
+        self._writers[kernels.PARTIAL, slot] = self.state[kernels.CLOSED_WRITERS]  # how long ago, in closings
+        self._writers[kernels.WRITER_STATE, slot] = kernels.WRITER_CLOSED
+        return cut
+
+    def forget_writer(self, slot: int) -> None:
+        """Make a closed writer's slot free."""
+        self._writers[kernels.WRITER_STATE, slot] = kernels.WRITER_FREE
 
     # ------------------------------------------------------------------ lanes
 
-    def open_lane(self) -> int:
-        """A lane number for a new lane."""
+    def open_lane(self, slot: int, number: int) -> int:
+        """A lane for a writer's lane `number`.
+
+        Raises:
+            SchemaError: there are as many lanes as segments: none would be left to recycle.
+        """
+        lanes = int(self.state[kernels.LANES])
         if self._free_lanes:
-            return self._free_lanes.pop()
-        lane = self._lanes
-        if lane == len(self._lane_row):
-            self._lane_row = np.concatenate([self._lane_row, np.full(lane, NONE, np.int64)])
-            self._lane_segment = np.concatenate([self._lane_segment, np.full(lane, NONE, np.int64)])
-        self._lanes += 1
+            lane = self._free_lanes.pop()
+        elif lanes < self.layout.segments - 1:
+            lane = lanes
+            self.state[kernels.LANES] = lanes + 1
+        else:
+            raise SchemaError(
+                f"{lanes + 1} lanes write to a shard of {self.layout.segments} segments, which must be fewer than its "
+                "segments; raise replay.capacity or lower replay.segment_steps"
+            )
+        self._lanes[kernels.NEWEST : kernels.INDEX + 1, lane] = NONE
+        self._lanes[kernels.NUMBER, lane] = number
+        self._lanes[kernels.WRITER, lane] = slot
         return lane
 
     def close_lane(self, lane: int) -> bool:
@@ -75,157 +202,137 @@ class SegmentStorage:
 
         Returns whether a row was changed so, and will now never be an item.
         """
-        newest = self._lane_row[lane]
-        cut = bool(newest != NONE and not self.rows["is_last"][newest])
+        newest, segment = (int(self._lanes[word, lane]) for word in (kernels.NEWEST, kernels.SEGMENT))
+        if newest != NONE and newest // self.layout.segment_steps != segment:
+            before = newest // self.layout.segment_steps
+            if self._segments[kernels.NEXT, before] != segment:
+                newest = NONE  # recycled after a crash, before the lane had written to its new segment
+        cut = newest != NONE and not self.rows["is_last"][newest]
         if cut:
             row = self.rows[newest]
             row["is_last"], row["is_terminal"], row["reward"] = True, False, 0.0
             row["action"] = 0
-        self._lane_row[lane] = self._lane_segment[lane] = NONE
+        self._lanes[kernels.NEWEST : kernels.INDEX + 1, lane] = NONE
+        if segment != NONE:
+            self._segments[kernels.OWNER, segment] = NONE  # after a crash in between, `_recover` does it
+        self._lanes[kernels.WRITER, lane] = NONE
         self._free_lanes.append(lane)
         return cut
 
     # ---------------------------------------------------------------- writing
 
-    def append(self, lanes: np.ndarray, rows: np.ndarray) -> int:
-        """Write rows, those of one lane in time order.
+    def count_items(self, slot: int, sequence: int, lanes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Items of each table that rows not yet applied will make, sooner or later; int64 (tables,)."""
+        begin = self._applied(slot, sequence)
+        if (self._strides == 1).all():
+            count = len(rows) - begin - np.count_nonzero(rows["is_last"][begin:])
+            return np.full(len(self._strides), count, np.int64)
+        counts = np.zeros(len(self._strides), np.int64)
+        index, seen = self._scratch
+        source = rows.view(np.uint8).reshape(len(rows), -1)
+        append_kernels.count_items(
+            source, lanes, begin, self._lanes, self._strides, index, seen, self._first_byte, self._last_byte, counts
+        )
+        return counts
 
-        lanes: int (n,) lane numbers; rows: structured (n,) of the schema's dtype. Returns how many items came to be.
+    def _applied(self, slot: int, sequence: int) -> int:
+        """Rows of a writer's batch that are applied already: a crash may have come in the middle of it."""
+        following = self._writers[kernels.SEQUENCE_DONE, slot] + 1 == sequence
+        return int(self._writers[kernels.PARTIAL, slot]) if following else 0
+
+    def append(self, slot: int, sequence: int, lanes: np.ndarray, rows: np.ndarray) -> None:
+        """Write and commit a writer's batch, what is applied of it already left out.
+
+        lanes: int64 (n,) lanes of the storage; rows: structured (n,) of the schema's dtype, contiguous, those of one lane in
+        time order.
+
+        Raises:
+            SchemaError: the rows have another layout.
         """
-        if rows.dtype != self.schema.dtype:
-            raise SchemaError(f"rows have the layout {rows.dtype}, the table's schema is {self.schema.dtype}")
-        before = self.items_inserted
-        rows = np.ascontiguousarray(rows)
-        if (lanes[1:] < lanes[:-1]).any():
-            order = np.argsort(lanes, kind="stable")
-            lanes, rows = lanes[order], rows.view(self._raw.dtype)[order].view(rows.dtype)
-        starts_lane = np.ones(len(lanes), bool)
-        np.not_equal(lanes[1:], lanes[:-1], out=starts_lane[1:])
-        first = np.flatnonzero(starts_lane)  # (unique lanes,) index of each lane's first row
-        unique = lanes[first]
-        counts = np.diff(first, append=len(lanes))
-        if (counts <= self._room(unique)).all():
-            self._write(unique, first, counts, rows)
-            return self.items_inserted - before
-        self._check_lanes(unique)
-        # Where a segment fills up, lane by lane and piece by piece: taking a segment may recycle another.
-        for lane, begin, count in zip(unique, first.tolist(), counts.tolist(), strict=True):
-            this, done = np.array([lane]), 0
-            while done < count:
-                piece = min(count - done, int(self._room(this)[0]))
-                if piece == 0:
-                    self._extend(int(lane))
-                    continue
-                at = begin + done
-                self._write(this, np.zeros(1, np.int64), np.array([piece]), rows[at : at + piece])
-                done += piece
-        return self.items_inserted - before
-
-    def _check_lanes(self, lanes: np.ndarray) -> None:
-        """Refuse lanes before anything is written: one segment must be left to recycle."""
-        writing = np.count_nonzero(self._lane_segment[: self._lanes] != NONE)
-        writing += np.count_nonzero(self._lane_segment[lanes] == NONE)
-        if writing >= self.segments:
-            raise SchemaError(
-                f"{writing} lanes write to a shard of {self.segments} segments, which must be fewer than its segments; "
-                "raise replay.capacity or lower replay.segment_steps"
+        if rows.dtype != self.layout.schema.dtype:
+            raise SchemaError(f"rows have the layout {rows.dtype}, the table's schema is {self.layout.schema.dtype}")
+        done, n = self._applied(slot, sequence), len(rows)
+        if n == 0:
+            self._writers[kernels.SEQUENCE_DONE, slot] = sequence
+            return
+        source = np.ascontiguousarray(rows).view(np.uint64).reshape(n, self._row_words)
+        new = np.empty(n, np.int64)
+        while True:
+            done, news, gones = append_kernels.append(
+                source,
+                lanes,
+                done,
+                slot,
+                sequence,
+                self._words,
+                self._large_words,
+                self.packed,
+                self.flags,
+                self.state,
+                self._segments,
+                self._lanes,
+                self._writers,
+                self.arrays["journal"],
+                self._strides,
+                self._mark,
+                self._first_byte,
+                self._last_byte,
+                self.history,
+                self._sparse,
+                new,
+                self._gone,
+                self._fault,
             )
+            if done < 0:
+                faults.die()
+            self._changed(self._gone[:gones], new[:news])
+            self.told()
+            if done == n:
+                return
 
-    def _room(self, lanes: np.ndarray) -> np.ndarray:
-        segment = self._lane_segment[lanes]
-        return np.where(segment == NONE, 0, self.segment_steps - self._fill[segment])
+    def told(self) -> None:
+        """The tables know of all changes until now."""
+        self.state[kernels.TOLD] = self.state[kernels.TAKEN]
 
-    def _write(self, lanes: np.ndarray, first: np.ndarray, counts: np.ndarray, rows: np.ndarray) -> None:
-        """Write `counts[i]` rows from `first[i]` on to each of the distinct `lanes`; their segments have the room."""
-        segment = self._lane_segment[lanes]
-        begin = segment * self.segment_steps + self._fill[segment]
-        place = np.repeat(begin - first, counts) + np.arange(len(rows))
-        self._raw[place] = rows.view(self._raw.dtype)
-        self._fill[segment] += counts
-        previous = np.empty(len(rows), np.int64)  # the row before each new one in its lane
-        previous[1:] = place[:-1]
-        previous[first] = self._lane_row[lanes]
-        self._lane_row[lanes] = place[first + counts - 1]
-        previous = previous[previous != NONE]
-        previous = previous[~self.rows["is_last"][previous]]
-        self.is_item[previous] = True
-        self.items += len(previous)
-        self.items_inserted += len(previous)
+    def untold_rows(self) -> np.ndarray:
+        """Rows of segments of whose taking a crash kept the tables from knowing; int64 (n,).
 
-    def _extend(self, lane: int) -> None:
-        """Give a lane its next segment."""
-        full = int(self._lane_segment[lane])
-        fresh = self._take_segment()
-        if full != NONE:
-            self._next[full] = fresh
-        self._lane_segment[lane] = fresh
+        What tables keep for them is that of the rows before.
+        """
+        segments = np.flatnonzero(self._segments[kernels.SEQUENCE] >= self.state[kernels.TOLD])
+        rows: np.ndarray = (
+            segments[:, None] * self.layout.segment_steps + np.arange(self.layout.segment_steps)
+        ).ravel()
+        return rows
 
-    def _take_segment(self) -> int:
-        """A free segment; when none is left, the oldest that no lane is writing to is recycled."""
-        if self._taken < self.segments:
-            segment = self._taken
-        else:
-            open_segments = set(self._lane_segment[: self._lanes].tolist())
-            while (segment := self._age.popleft()) in open_segments:
-                # A lane still fills it. Behind the others it stays older than every successor it will be linked to.
-                self._age.append(segment)
-            span = slice(segment * self.segment_steps, (segment + 1) * self.segment_steps)
-            gone = int(np.count_nonzero(self.is_item[span]))
-            self.is_item[span] = False
-            self.items -= gone
-            self.items_deleted += gone
-        self._fill[segment] = 0
-        self._next[segment] = NONE
-        self._sequence[segment] = self._taken
-        self._taken += 1
-        self._age.append(segment)
-        return segment
+    def drop(self, rows: np.ndarray, table: int) -> None:
+        """Rows, int64 (n,), are no items of a table any more."""
+        self.flags[rows] &= np.uint8(0xFF ^ 2 << table)
 
     # ---------------------------------------------------------------- reading
 
-    def windows(self, start: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers of the windows that start at items.
+    @property
+    def rows_in_use(self) -> int:
+        """Row numbers below this one may be items."""
+        return min(self.taken, self.layout.segments) * self.layout.segment_steps
 
-        start: int64 (batch,) items. Returns rows int64 (batch, horizon + 1) and length int32 (batch,): the window ends
-        with its episode, or with what is written, at row `length`, which the rows after it repeat.
-        """
-        rows = np.empty((len(start), horizon + 1), np.int64)
-        rows[:, 0] = start
-        length = np.ones(len(start), np.int32)
-        rows[:, 1] = self._successor(start)
-        goes_on = np.ones(len(start), bool)
-        for k in range(1, horizon):
-            goes_on &= self.is_item[rows[:, k]]
-            rows[:, k + 1] = np.where(goes_on, self._successor(rows[:, k]), rows[:, k])
-            length += goes_on
-        return rows, length
+    @property
+    def taken(self) -> int:
+        """Segments taken over the storage's life; the sequence number of the next."""
+        return int(self.state[kernels.TAKEN])
 
-    def _successor(self, row: np.ndarray) -> np.ndarray:
-        following = row + 1
-        segment, offset = np.divmod(following, self.segment_steps)
-        at_end = offset == 0
-        if at_end.any():
-            following[at_end] = self._next[segment[at_end] - 1] * self.segment_steps
-        return following
-
-    def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Copies of rows: int64 (…,) to structured (…,)."""
-        return self._raw.take(rows).view(self.schema.dtype)
+    def inserted(self, table: int) -> int:
+        """Items of a table inserted over its life."""
+        return int(self.state[kernels.INSERTED + table])
 
     def item_ids(self, rows: np.ndarray) -> np.ndarray:
-        """Stable ids of items, int64: no id is given out twice, also when its place in the storage is recycled."""
-        segment, offset = np.divmod(rows, self.segment_steps)
-        return self._sequence[segment] * self.segment_steps + offset
+        """Stable ids of rows, int64 (n,): no id is given out twice, also when its place in the storage is recycled."""
+        ids = np.empty(len(rows), np.int64)
+        read_kernels.item_ids(rows, self.layout.segment_steps, self._segments, ids)
+        return ids
 
-    def filled(self) -> list[tuple[int, int, int]]:
-        """(segment, sequence, rows written) of the segments in use, oldest first."""
-        return [(s, int(self._sequence[s]), int(self._fill[s])) for s in self._age]
-
-    def still(self, segment: int, sequence: int) -> bool:
-        """Whether a segment still holds what it held when it was taken as number `sequence`."""
-        return bool(self._sequence[segment] == sequence)
-
-    def next_sequence(self, segment: int) -> int:
-        """Sequence of the segment that goes on where this one ends; NONE when it is its lane's newest."""
-        following = int(self._next[segment])
-        return int(self._sequence[following]) if following != NONE else NONE
+    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of stable ids, int64 (n,); NONE where the row has been overwritten."""
+        rows = np.empty(len(ids), np.int64)
+        read_kernels.rows_of(ids, self.layout.segment_steps, self._segments, rows)
+        return rows

@@ -7,17 +7,25 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 
 from .schema import SchemaError, StepSchema
-from .shard import Shard
-from .wire import CLOSE, LOST, RETRY_S, SEQUENCE, column
+from .wire import CLOSE, LOST, RETRY_S, SEQUENCE
+
+if TYPE_CHECKING:
+    from .shard import Shard  # it compiles kernels, which an actor has no use for
+
+MESSAGE_BYTES = 2**20  # larger messages gain nothing over loopback
+MOST_BYTES = 2**30  # Arrow Flight sends no more than 2 GiB at once
+REFUSED = (flight.FlightServerError, flight.FlightUnauthenticatedError, flight.FlightUnauthorizedError)
+_PAUSE_S = 0.2  # between two attempts to connect
+_END_S = 5.0  # how long `close` waits for a shard that has stored every row to end the stream
 
 
 class Writer(Protocol):
@@ -25,10 +33,13 @@ class Writer(Protocol):
 
     @property
     def waiting_for(self) -> str | None:
-        """What `append` has been blocked by, in words; None while it is not blocked."""
+        """What `append`, `flush` or `close` is blocked by, in words; None while none is."""
 
     def append(self, lanes: np.ndarray, rows: np.ndarray) -> None:
-        """Hand over steps: lanes int32 (n,), rows structured (n,), those of one lane in time order. Blocks when behind."""
+        """Hand over steps: lanes int32 (n,), rows structured (n,), those of one lane in time order. Blocks when behind.
+
+        Both arrays are the caller's again when it returns.
+        """
 
     def flush(self) -> None:
         """Wait until everything appended is stored."""
@@ -55,7 +66,8 @@ class CallWriter:
         """
         self._sequence += 1
         if not self._shard.insert(self._name, self._sequence, lanes, rows, timeout_s=0.0):
-            raise RuntimeError(f"inserting waits for {self._shard.limiter.why('insert')}; raise replay.error_buffer")
+            waits = "; ".join(table.limiter.why("insert") for table in self._shard.tables.values())
+            raise RuntimeError(f"inserting waits for {waits}; raise replay.error_buffer")
 
     def flush(self) -> None:
         pass
@@ -64,166 +76,392 @@ class CallWriter:
         self._shard.disconnect(self._name, closed=True)
 
 
-class FlightWriter:
-    """Writes to a shard over one DoPut stream, with at most `in_flight` batches not yet acknowledged.
+class _Message:
+    """Memory for the rows of one message, used again once the shard has acknowledged them."""
 
-    A batch keeps its sequence number when it is sent again after a lost connection, and the shard applies a number
-    once: so a retry never doubles a step.
+    def __init__(self, schema: pa.Schema, rows: int) -> None:
+        self.lanes = np.empty(rows, np.int32)
+        self.rows = np.empty((rows, schema.field("row").type.byte_width), np.uint8)
+        columns = [
+            pa.Array.from_buffers(field.type, rows, [None, pa.py_buffer(values)], 0)
+            for field, values in zip(schema, (self.lanes, self.rows), strict=True)
+        ]
+        self._all = pa.RecordBatch.from_arrays(columns, schema=schema)
+        self.count = 0
+        self.sequence = -1
+
+    def batch(self) -> pa.RecordBatch:
+        """The rows that are in it, without a copy."""
+        return self._all.slice(0, self.count)
+
+
+class FlightWriter:
+    """Writes to a shard over one DoPut stream.
+
+    `append` copies the rows into a message. It is sent at once while fewer than `in_flight` messages are unacknowledged;
+    else it gathers what is appended until a reply comes, and is sent then (group commit): a single batch is stored
+    soon, and many are stored with few messages. From then on it keeps its sequence number and its contents, also when it
+    is sent again after a lost connection; the shard applies a number once, so a retry never doubles a step.
+
+    A thread of the writer's own reads the replies, sends what was gathered meanwhile, and connects again. An error that
+    it meets is raised by the next call. The other methods are for one thread at a time.
     """
 
     def __init__(
-        self, address: str, schema: StepSchema, *, in_flight: int = 4, retry_s: float = RETRY_S, name: str | None = None
+        self,
+        address: str,
+        schema: StepSchema,
+        *,
+        in_flight: int = 2,
+        message_rows: int | None = None,
+        retry_s: float = RETRY_S,
+        name: str | None = None,
+        connect: Callable[[str], flight.FlightClient] = flight.FlightClient,
     ) -> None:
-        """`name` tells this writer from every other, dead or alive; None makes one up."""
+        """Returns when the shard has accepted the writer.
+
+        in_flight: messages sent and not acknowledged, at most. One more is being filled: `append` blocks when
+            (in_flight + 1) · message_rows rows are not stored.
+        message_rows: rows in a message, at most. The limiter lets a message in as a whole, so it must not be more than
+            the table's error buffer allows one writer. None: what fits `MESSAGE_BYTES`.
+        retry_s: how long a lost shard is waited for, in seconds, while there are rows for it.
+        name: tells this writer from every other, dead or alive; None makes one up.
+        connect: makes the client of an address.
+
+        Raises:
+            flight.FlightError: the shard refused the writer, or was not there for `retry_s`.
+        """
+        self._arrow = schema.arrow()
+        size = schema.dtype.itemsize
+        if message_rows is None:
+            message_rows = max(1, MESSAGE_BYTES // size)
+        if in_flight < 1 or not 1 <= message_rows <= MOST_BYTES // size:
+            raise ValueError(
+                f"expected in_flight of at least 1 and message_rows of 1 to {MOST_BYTES // size} ({size} bytes each); "
+                f"received {in_flight} and {message_rows}"
+            )
         self._address = address
         self._dtype = schema.dtype
-        self._schema = schema.arrow()
+        self._opaque = np.dtype((np.void, size))
         self._retry_s = retry_s
         self._in_flight = in_flight
+        self._message_rows = message_rows
         self._name = uuid.uuid4().hex if name is None else name
-        self._sequence = -1
-        self._put: Any = None
-        self._replies: Any = None
-        self._unacknowledged: deque[tuple[int, pa.RecordBatch]] = deque()
+        self._new_client = connect
+
+        # All below is guarded by `_changed`. A message is in one of three places, oldest in front.
         self._changed = threading.Condition()
-        self._error: Exception | None = None
+        self._sent: deque[_Message] = deque()  # numbered, not acknowledged
+        self._filling = _Message(self._arrow, message_rows)
+        self._free = [_Message(self._arrow, message_rows) for _ in range(in_flight)]
+        self._held = 0  # rows appended and not acknowledged
+        self._sequence = -1  # of the newest message sent
+        self._put: Any = None  # where messages go; None while there is no connection
+        self._sending = False  # a thread is writing to `_put`: the one that may, which keeps messages in order
+        self._accepted = False  # by the shard, at least once
+        self._closing = False
+        self._lost: Exception | None = None  # why there is no connection
+        self._error: Exception | None = None  # why there will be none
         self._blocked_since: float | None = None
+
+        self._thread = threading.Thread(target=self._run, name=f"writer to {address}", daemon=True)
+        self._thread.start()
         try:
-            self._connect()
-        except LOST as lost:
-            self._reconnect(lost)
+            with self._changed:
+                self._changed.wait_for(lambda: self._accepted or self._error is not None)
+                if self._error is not None:
+                    raise self._error
+        except BaseException:
+            self._end()
+            raise
 
     @property
     def waiting_for(self) -> str | None:
-        since = self._blocked_since
-        return None if since is None else f"replay at {self._address} for {time.monotonic() - since:.0f} s"
-
-    def _connect(self) -> None:
-        """Open a stream and send again what the shard has not applied."""
-        self._client = flight.FlightClient(self._address)
-        descriptor = flight.FlightDescriptor.for_command(json.dumps({"writer": self._name}).encode())
-        self._put, self._replies = self._client.do_put(descriptor, self._schema)
-        # The server's first answer comes once the stream's schema is there, which `begin` inside do_put has sent.
-        answer = self._replies.read()
-        if answer is None:
-            self._put.close()  # raises what the server said
-            raise flight.FlightUnavailableError(f"{self._address} ended the stream")
-        self._applied(answer)
-        with self._changed:
-            self._error = None
-            again = list(self._unacknowledged)
-        for sequence, batch in again:
-            self._put.write_with_metadata(batch, SEQUENCE.pack(sequence))
-        threading.Thread(target=self._read_replies, args=(self._replies,), name="writer-replies", daemon=True).start()
-
-    def _applied(self, answer: Any) -> None:
-        (applied,) = SEQUENCE.unpack(answer)
-        with self._changed:
-            while self._unacknowledged and self._unacknowledged[0][0] <= applied:
-                self._unacknowledged.popleft()
-            self._changed.notify_all()
-
-    def _read_replies(self, replies: Any) -> None:
-        error: Exception = flight.FlightUnavailableError(f"{self._address} ended the stream")
-        try:
-            while (answer := replies.read()) is not None:
-                self._applied(answer)
-        except LOST as lost:
-            error = lost
-        with self._changed:
-            if replies is self._replies:
-                self._error = error
-                self._changed.notify_all()
+        since, held, lost = self._blocked_since, self._held, self._lost
+        if since is None:
+            return None
+        why = f"{held} rows not acknowledged"
+        if lost is not None:
+            why += f", connection lost: {str(lost).partition(chr(10))[0][:200] or type(lost).__name__}"
+        return f"replay at {self._address} for {time.monotonic() - since:.0f} s: {why}"
 
     def append(self, lanes: np.ndarray, rows: np.ndarray) -> None:
         """As `Writer.append`.
 
         Raises:
-            SchemaError: the rows have another layout than the table.
-            flight.FlightError: the shard refused the rows, or stayed away longer than `retry_s`.
+            SchemaError: the rows have another layout than the table, or there are not as many lanes.
+            flight.FlightError: the shard refused rows, or stayed away longer than `retry_s`.
+            ValueError: the writer is closed.
         """
-        if rows.dtype != self._dtype:
+        if rows.dtype is not self._dtype and rows.dtype != self._dtype:
             raise SchemaError(f"rows have the layout {rows.dtype}; the table expects {self._dtype}")
-        columns = [
-            # The caller may use its buffers again at once: the copies are ours until the shard has answered.
-            pa.array(np.array(lanes, np.int32)),
-            column(self._schema.field(1).type, np.array(rows, order="C").view(np.uint8), len(rows)),
-        ]
-        batch = pa.RecordBatch.from_arrays(columns, schema=self._schema)
-        self._wait(self._in_flight - 1)
-        with self._changed:
-            self._sequence += 1
-            self._unacknowledged.append((self._sequence, batch))
-        self._blocked_since = time.monotonic()  # the connection may be full
-        try:
-            self._put.write_with_metadata(batch, SEQUENCE.pack(self._sequence))
-        except LOST as lost:
-            self._reconnect(lost)
-        self._blocked_since = None
-
-    def _wait(self, most: int) -> None:
-        """Wait until at most `most` batches are unacknowledged."""
+        count = len(rows)
+        if rows.ndim != 1 or lanes.shape != rows.shape:
+            raise SchemaError(f"lanes {lanes.shape} came with rows {rows.shape}; expected one lane for each row")
+        # Whole rows as opaque bytes: numpy copies structured rows field by field otherwise.
+        if not rows.flags.c_contiguous:
+            rows = np.ascontiguousarray(rows.view(self._opaque))
+        data = rows.view(np.uint8).reshape(count, self._opaque.itemsize)
+        done = 0
         while True:
             with self._changed:
-                if len(self._unacknowledged) <= most:
-                    self._blocked_since = None
-                    return
-                self._blocked_since = self._blocked_since or time.monotonic()
-                self._changed.wait_for(lambda: self._error is not None or len(self._unacknowledged) <= most, 1.0)
-                error = self._error
-            if error is not None and len(self._unacknowledged) > most:
-                self._reconnect(error)
-
-    def _reconnect(self, error: Exception) -> None:
-        deadline = time.monotonic() + self._retry_s
-        if self._put is not None:
-            try:
-                self._put.close()  # raises what the shard said, if it ended the stream
-            except LOST as said:
-                error = said
-        while True:
-            # What the server has refused on purpose, it will refuse again.
-            if isinstance(error, flight.FlightServerError) or time.monotonic() > deadline:
-                raise error
-            time.sleep(0.2)
-            try:
-                self._connect()
+                if not self._has_room():
+                    self._wait(self._has_room)
+                message = self._filling
+                begin = message.count
+                end = min(begin + count - done, self._message_rows)
+                part = slice(done, done + end - begin)
+                message.lanes[begin:end] = lanes[part]
+                message.rows[begin:end] = data[part]
+                message.count = end
+                self._held += end - begin
+                if self._put is None:
+                    self._changed.notify_all()  # the thread may have given the shard up until there are rows for it
+                first = self._may_send()
+            done = part.stop
+            if first:
+                self._blocked_since = time.monotonic()  # the connection may be full
+                self._send()
+                self._blocked_since = None
+            if done == count:
                 return
-            except LOST as again:
-                error = again
 
     def flush(self) -> None:
-        self._wait(0)
+        """As `Writer.flush`.
+
+        Raises:
+            flight.FlightError: the shard refused rows, or stayed away longer than `retry_s`.
+        """
+        with self._changed:
+            if self._held:
+                self._wait(lambda: self._held == 0 or self._error is not None)
+            if self._held and self._error is not None:
+                raise self._error
 
     def close(self) -> None:
-        self._wait(0)
-        with suppress(*LOST):  # every step is stored; the lanes then end with the writer's lease
-            self._put.write_metadata(CLOSE)
-            self._put.done_writing()
-            self._put.close()
-        self._client.close()
+        """As `Writer.close`; once more does nothing.
+
+        Raises:
+            flight.FlightError: the shard refused rows, or stayed away longer than `retry_s`.
+        """
+        try:
+            self.flush()
+        finally:
+            if self._error is not None:
+                self._thread.join()  # to set it was the thread's last act
+        self._end()
+
+    def _end(self) -> None:
+        """End the lanes and the thread."""
+        with self._changed:
+            first, self._closing = not self._closing, True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._sending)
+            put = self._put if first else None
+            self._sending = put is not None
+        if put is not None:
+            _say_close(put)
+            with self._changed:
+                self._sending = False
+                self._changed.notify_all()
+        self._thread.join(_END_S)
+
+    def _has_room(self) -> bool:
+        """Whether a row can be staged. `_changed` is held, as in all methods below that do not take it themselves."""
+        if self._error is not None:
+            raise self._error
+        if self._closing:
+            raise ValueError(f"the writer to {self._address} is closed")
+        return self._filling.count < self._message_rows
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        self._blocked_since = time.monotonic()
+        try:
+            self._changed.wait_for(until)
+        finally:
+            self._blocked_since = None
+
+    def _may_send(self) -> bool:
+        """Whether there is a message to send and nobody who does; who asked is then the one, and must call `_send`."""
+        if self._sending or not self._ready():
+            return False
+        self._sending = True
+        return True
+
+    def _ready(self) -> bool:
+        return self._put is not None and self._filling.count > 0 and len(self._sent) < self._in_flight
+
+    def _send(self) -> None:
+        """Send what is staged, and what is staged meanwhile, until the stream has enough. Takes `_changed`."""
+        put = None
+        try:
+            while True:
+                with self._changed:
+                    if not self._ready():
+                        self._sending = False
+                        if self._put is None or self._closing:
+                            self._changed.notify_all()
+                        return
+                    put, message = self._put, self._filling
+                    self._sequence += 1
+                    message.sequence = self._sequence
+                    self._sent.append(message)
+                    self._filling = self._free.pop()
+                put.write_with_metadata(message.batch(), SEQUENCE.pack(message.sequence))
+        except BaseException as error:  # an interrupt too: nobody knows then whether the message is on its way
+            with self._changed:
+                self._put, self._sending = None, False
+                self._changed.notify_all()
+            # That ends the replies as well, if they have not ended yet: their reader then sends all again, over a new stream.
+            if put is not None:
+                with suppress(*LOST):
+                    put.done_writing()
+            if not isinstance(error, LOST):
+                raise
+
+    def _acknowledge(self, answer: pa.Buffer) -> bool:
+        """Free what was applied. Returns `_may_send`. Takes `_changed`."""
+        (applied,) = SEQUENCE.unpack(answer)
+        with self._changed:
+            self._sequence = max(self._sequence, applied)  # a writer of this name may have been before
+            while self._sent and self._sent[0].sequence <= applied:
+                message = self._sent.popleft()
+                self._held -= message.count
+                message.count = 0
+                self._free.append(message)  # used next: it is still in the cache
+            self._changed.notify_all()
+            return self._may_send()
+
+    # ------------------------------------------------------------------ thread
+
+    def _run(self) -> None:
+        give_up = time.monotonic() + self._retry_s
+        try:
+            while True:
+                accepted, lost = self._talk()
+                with self._changed:
+                    if self._closing:
+                        return
+                    # What the shard has refused on purpose, it will refuse again.
+                    if isinstance(lost, REFUSED):
+                        raise lost
+                    self._lost = lost
+                    if accepted:
+                        give_up = time.monotonic() + self._retry_s
+                    if time.monotonic() > give_up:
+                        if self._wanted():
+                            raise lost
+                        self._changed.wait_for(lambda: self._closing or self._wanted())
+                        give_up = time.monotonic() + self._retry_s
+                    else:
+                        self._changed.wait_for(lambda: self._closing, _PAUSE_S)
+                    if self._closing:
+                        return
+        except Exception as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _wanted(self) -> bool:
+        """Whether somebody waits for the connection."""
+        return self._held > 0 or not self._accepted
+
+    def _talk(self) -> tuple[bool, Exception]:
+        """Open a stream, send again what the shard has not applied, and read replies until it ends.
+
+        Returns whether the shard accepted the writer, and what ended the stream.
+        """
+        client = put = None
+        accepted = False
+        lost: Exception = flight.FlightUnavailableError(f"{self._address} ended the stream")
+        try:
+            client = self._new_client(self._address)
+            descriptor = flight.FlightDescriptor.for_command(json.dumps({"writer": self._name}).encode())
+            put, replies = client.do_put(descriptor, self._arrow)
+            # The first reply comes once the stream's schema is there, which `begin` inside do_put has sent.
+            if (answer := replies.read()) is not None:
+                self._acknowledge(answer)
+                self._resend(put)
+                accepted = True
+                while (answer := replies.read()) is not None:
+                    if self._acknowledge(answer):
+                        self._send()
+        except LOST as error:
+            lost = error
+        finally:
+            with self._changed:
+                self._put = None
+                self._changed.wait_for(lambda: not self._sending)
+            if put is not None:
+                try:
+                    put.close()  # raises what the shard said, if it ended the stream
+                except LOST as said:
+                    lost = said
+            if client is not None:
+                client.close()
+        return accepted, lost
+
+    def _resend(self, put: Any) -> None:
+        """Send what is not acknowledged over a new stream, and open it for what follows. Takes `_changed`."""
+        with self._changed:
+            again = list(self._sent)
+        for message in again:
+            put.write_with_metadata(message.batch(), SEQUENCE.pack(message.sequence))
+        with self._changed:
+            self._put, self._lost, self._accepted = put, None, True
+            self._changed.notify_all()
+            first, closing = self._may_send(), self._closing
+        if first:
+            self._send()
+        if closing:  # said while there was no stream to say it on
+            _say_close(put)
+
+
+def _say_close(put: Any) -> None:
+    with suppress(*LOST):  # every step is stored; the lanes then end with the writer's lease
+        put.write_metadata(CLOSE)
+        put.done_writing()
 
 
 class LaneWriter:
-    """Spreads the lanes of one actor over several shards."""
+    """Spreads the lanes of one actor over several shards: lane l goes to writer l modulo their number."""
 
     def __init__(self, writers: Sequence[Writer]) -> None:
+        if not 1 <= len(writers) < 256:
+            raise ValueError(f"expected 1 to 255 writers, received {len(writers)}")
         self._writers = list(writers)
 
     @property
     def waiting_for(self) -> str | None:
-        return next((w.waiting_for for w in self._writers if w.waiting_for), None)
+        return next((why for w in self._writers if (why := w.waiting_for)), None)
 
     def append(self, lanes: np.ndarray, rows: np.ndarray) -> None:
-        for index, writer in enumerate(self._writers):
-            mine = lanes % len(self._writers) == index
-            if mine.any():
-                writer.append(lanes[mine], rows[mine])
+        """As `Writer.append`."""
+        writer = (lanes % len(self._writers)).astype(np.uint8)
+        # Stable, so that a lane's rows stay in order; numpy sorts bytes in linear time.
+        order = np.argsort(writer, kind="stable")
+        counts = np.bincount(writer, minlength=len(self._writers)).tolist()
+        lanes = lanes[order]
+        # Whole rows as opaque bytes: numpy copies structured rows field by field otherwise.
+        rows = rows.view(np.dtype((np.void, rows.dtype.itemsize)))[order].view(rows.dtype)
+        begin = 0
+        for one, count in zip(self._writers, counts, strict=True):
+            if count:
+                one.append(lanes[begin : begin + count], rows[begin : begin + count])
+            begin += count
 
     def flush(self) -> None:
+        """As `Writer.flush`."""
         for writer in self._writers:
             writer.flush()
 
     def close(self) -> None:
+        """As `Writer.close`, all of them; raises what the first one that failed has raised."""
+        failed: Exception | None = None
         for writer in self._writers:
-            writer.close()
+            try:
+                writer.close()
+            except Exception as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed

@@ -1,15 +1,18 @@
-"""What the replay tests share: a small schema, rows that tell where they come from, and a plain reference."""
+"""What the replay tests share: small schemas, rows that tell where they come from, shards and their specs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from replay.layout import Layout, TableSpec
 from replay.limiter import RateLimiter
-from replay.schema import Field, StepSchema, WindowBatch
+from replay.rate_limit import RateLimit
+from replay.schema import Field, StepSchema, Window, WindowBatch
 from replay.shard import Shard, ShardSpec
 
 SCHEMA = StepSchema(
@@ -20,6 +23,13 @@ SCHEMA = StepSchema(
     Field("action", "float32", (2,)),
 )
 HALF_CHEETAH = StepSchema({"observation": Field("observation", "float32", (17,))}, Field("action", "float32", (6,)))
+FRAMES = StepSchema(  # its frame is just large enough to lie in a file of its own
+    {
+        "observation/frame": Field("observation/frame", "uint8", (64, 64)),
+        "observation/state": Field("observation/state", "float64", (2,)),
+    },
+    Field("action", "int16"),
+)
 FREE = 1e12  # an error buffer that never holds anyone up
 
 
@@ -53,49 +63,83 @@ def joined(*parts: np.ndarray) -> np.ndarray:
     return rows
 
 
+def schema(*, frames: bool = False) -> StepSchema:
+    """A small schema, with frames that can be stacked or without."""
+    return FRAMES if frames else SCHEMA
+
+
+def rows(numbers: np.ndarray, *, frames: bool = False) -> np.ndarray:
+    """Steps that hold, in every field, values that only their number (below 32 768) gives; numbers int64 (n,)."""
+    if not frames:
+        return joined(*(numbered(1, int(number)) for number in numbers))
+    found = FRAMES.zeros(len(numbers))
+    found["observation/state"] = numbers[:, None] + np.array([0.0, 0.5])
+    frame = found["observation/frame"]
+    frame[:] = (numbers % 251)[:, None, None]
+    frame[:, 0, 0], frame[:, -1, -1] = numbers % 256, numbers // 256
+    found["action"] = numbers
+    found["reward"] = numbers + 0.125
+    found["policy_version"] = numbers
+    return found
+
+
 def make_shard(
     *,
     capacity: int = 1024,
     segment_steps: int = 16,
-    limiter: RateLimiter | None = None,
+    tables: tuple[TableSpec, ...] = (TableSpec(),),
+    limiters: Mapping[str, RateLimiter] | None = None,
     index: int = 0,
     seed: int = 0,
+    stack: int = 1,
     lease_s: float = 30.0,
     schema: StepSchema = SCHEMA,
 ) -> Shard:
-    limiter = limiter or RateLimiter(samples_per_insert=1.0, min_size=1, error_buffer=FREE)
-    return Shard(
-        schema, limiter, index=index, capacity=capacity, segment_steps=segment_steps, seed=seed, lease_s=lease_s
-    )
+    """A shard in ordinary memory, whose limiters let everything through unless others are given."""
+    limiters = limiters or {table.name: RateLimiter(RateLimit.from_min_size(1)) for table in tables}
+    layout = Layout(schema, capacity // segment_steps, segment_steps, tables)
+    return Shard(layout, limiters, index=index, seed=seed, stack=stack, lease_s=lease_s)
 
 
-def make_spec(directory: str | Path, **changes: object) -> ShardSpec:
-    values: dict[str, object] = {
+def make_spec(directory: str | Path, **changes: Any) -> ShardSpec:
+    """What a shard process needs, with a table that lets everything through."""
+    tables = changes.get("tables", (TableSpec(),))
+    values: dict[str, Any] = {
         "schema": SCHEMA.to_json(),
         "run": "test",
         "index": 0,
         "capacity": 4096,
         "segment_steps": 64,
-        "samples_per_insert": 1.0,
-        "min_size": 1,
-        "error_buffer": FREE,
+        "limits": tuple(RateLimit.from_min_size(1) for _ in tables),
         "seed": 0,
         "directory": str(directory),
         **changes,
     }
-    return ShardSpec(**values)  # type: ignore[arg-type]
+    return ShardSpec(**values)
 
 
-def draw_all(shard: Shard, horizon: int = 1) -> WindowBatch:
-    """One window per item of the shard, in the order of their ids: drawn until each was seen."""
-    seen: dict[int, int] = {}
-    batch = shard.sample(max(64, 20 * shard.items), horizon, timeout_s=5.0)
-    assert batch is not None
-    for place, item in enumerate(batch.item.tolist()):
-        seen.setdefault(item, place)
-    assert len(seen) == shard.items, "20 draws per item left one out: once in a billion for one item"
-    places = [seen[item] for item in sorted(seen)]
-    return WindowBatch(**{name: value[places] for name, value in vars(batch).items()})
+def draw_all(shard: Shard, horizon: int = 1, *, table: str = "steps", window: Window | None = None) -> WindowBatch:
+    """One window per item of a table, in the order of their ids: drawn until each was seen."""
+    items = shard.tables[table].items
+    count = max(64, 24 * items)
+    drawn = shard.sample(table, count, count, window or Window(horizon), timeout_s=5.0)
+    assert drawn is not None
+    batch = drawn[1]
+    _, places = np.unique(batch.item, return_index=True)
+    assert len(places) == items, "24 draws per item left one out: once in ten billion for one item"
+    return pick(batch, places)
+
+
+def pick(batch: WindowBatch, places: np.ndarray) -> WindowBatch:
+    """Some of a batch's windows."""
+    values = dict(vars(batch))
+    for name, value in values.items():
+        if isinstance(value, np.ndarray):
+            values[name] = value[places]
+    values.pop("_raw")
+    if batch.frame_index is None:
+        values["frames"] = {name: frames[places] for name, frames in batch.frames.items()}
+    return WindowBatch(**values)
 
 
 def wait_until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:

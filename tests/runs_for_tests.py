@@ -103,18 +103,22 @@ def head_counts(checkpoint: Path) -> dict[str, Any]:
 def recount(checkpoint: Path) -> tuple[int, int]:
     """(items, whole Pendulum episodes) in the replay files of a checkpoint, counted row by row."""
     items = episodes = 0
-    for path in sorted((checkpoint / "replay").glob("shard-*.arrow")):
-        with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_file(source)
-            batches = [reader.get_batch(n).to_pydict() for n in range(reader.num_record_batches)]
-        segments = {batch["segment"][0]: batch for batch in batches}
-        followers = {batch["next_segment"][0] for batch in batches}
+    for folder in sorted((checkpoint / "replay").glob("shard-*")):
+        (manifest,) = folder.glob("manifest-*.json")
+        files = [record["name"] for record in json.loads(manifest.read_text())["files"]]
+        (index,) = (name for name in files if name.startswith("segments-"))
+        readers = {name: pa.ipc.open_file(pa.memory_map(str(folder / name))) for name in files}
+        segments = {s["segment"]: s for s in readers[index].read_all().to_pylist()}
+        followers = {s["next_segment"] for s in segments.values()}
         for first in segments.keys() - followers:
             last: list[bool] = []
             at: int = first
             while at in segments:  # a lane, from its first segment on
-                last += segments[at]["is_last"]
-                at = segments[at]["next_segment"][0]
+                s = segments[at]
+                last += (
+                    readers[s["file"]].get_batch(s["batch"]).slice(s["row"], s["rows"]).column("is_last").to_pylist()
+                )
+                at = s["next_segment"]
             items += sum(not ended for ended in last[:-1])
             ends = [row for row, ended in enumerate(last) if ended]
             episodes += sum(b - a == PENDULUM_STEPS + 1 for a, b in zip([-1, *ends], ends, strict=False))
@@ -137,6 +141,7 @@ class RayCluster:
     """A Ray cluster of one node, in a session of its own; `close` ends the processes of that session and no others."""
 
     def __init__(self, folder: Path, *, cpus: int = 8) -> None:
+        self.folder = folder
         self.env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
         with socket.socket() as free:
             free.bind(("", 0))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from cluster.cli import main
 from cluster.metrics import read_metrics
+from cluster.parts import check_limits
 from configs.load import load_config
 from tests import runs_for_tests as runs
 
@@ -143,14 +146,34 @@ def test_a_name_that_is_taken_is_refused_and_the_run_left_as_it_is(trained: tupl
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_a_setting_that_does_not_fit_a_resumed_run_is_refused(trained: tuple[Path, str], call: Call) -> None:
-    run, _ = trained
-    code, _, err = call("train", "--resume", str(run), "--replay.shards", "3")
+def test_a_checkpoint_without_steps_is_not_resumed_as_if_it_had_some(
+    trained: tuple[Path, str], call: Call, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained[0], tmp_path / "copy")
+    manifest = max((run / "checkpoints").glob("step_*")) / "manifest.json"
+    found = json.loads(manifest.read_text())
+    found["files"] = [file for file in found["files"] if not file["path"].startswith("replay/")]
+    manifest.write_text(json.dumps(found))
+    shutil.rmtree(manifest.parent / "replay")
+    code, _, err = call("train", "--resume", str(run))
     assert code == 2
-    assert "resume with --replay.shards 1" in err
+    assert "holds no steps; resume with --no-checkpoints.replay" in err
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "report", "clean", "bench"])
+def test_settings_under_which_all_would_wait_for_ever_are_refused_before_anything_starts(call: Call) -> None:
+    words = ("train", "pendulum_sac", "--root", "nowhere")
+    code, _, err = call(*words, "--replay.error_buffer", "1")
+    assert code == 2
+    assert err.startswith("millrace: ")
+    assert err.count("\n") == 1
+    least = re.search(r"raise replay.error_buffer to at least (\d+) steps", err)
+    assert least is not None
+    assert call(*words, "--replay.error_buffer", str(int(least[1]) - 1))[0] == 2
+    check_limits(load_config("pendulum_sac", ["--replay.error_buffer", least[1]]))
+    assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "report", "replay", "clean", "bench"])
 def test_every_command_explains_itself(command: str, call: Call) -> None:
     code, out, err = call(command, "--help")
     assert (code, err) == (0, "")
@@ -160,7 +183,7 @@ def test_every_command_explains_itself(command: str, call: Call) -> None:
 def test_help_lists_commands_and_settings(call: Call) -> None:
     code, out, _ = call("--help")
     assert code == 0
-    assert all(command in out for command in ("train", "eval", "report", "bench", "clean"))
+    assert all(command in out for command in ("train", "eval", "report", "replay", "bench", "clean"))
     assert call()[0] == 2
     _, out, _ = call("train", "pendulum_sac", "--help")
     assert "--actors.count" in out
@@ -184,7 +207,7 @@ def test_storage_of_a_killed_run_is_listed_and_removed(call: Call, tmp_path: Pat
     assert json.loads(call("clean", "--directory", str(tmp_path), "--json")[1])["files"] == []  # it is alive
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    expected = {"path": str(file), "run": "dead", "pid": process.pid, "bytes": file.stat().st_size}
+    expected = {"path": str(file), "run": "dead", "shard": 0, "bytes": file.stat().st_size}
     found = json.loads(call("clean", "--directory", str(tmp_path), "--json")[1])
     assert found == {"files": [expected], "removed": False}
     _, out, _ = call("clean", "--directory", str(tmp_path))

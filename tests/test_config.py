@@ -128,6 +128,8 @@ def test_the_documented_command_line() -> None:
         ("--algorithm.hidden 64 32 16", "algorithm.hidden", (64, 32, 16)),
         ("--algorithm.policy_lr 3e-4", "algorithm.policy_lr", 3e-4),
         ("--name 2024", "name", "2024"),
+        ("--replay.tls_certificate a.pem --replay.tls_key a.key", "replay.tls_key", "a.key"),
+        ("--replay.tls_certificate a.pem --replay.tls_key a.key", "replay.tls_authority", None),
         ("--seed 1 --seed 2", "seed", 2),
         ("--env.kwargs.size 3 --env.kwargs.rate 1e-3", "env.kwargs", {"size": 3, "rate": 1e-3}),
         ("--env.kwargs size=3 dark=true mode=a=b", "env.kwargs", {"size": 3, "dark": True, "mode": "a=b"}),
@@ -282,7 +284,9 @@ def test_a_missing_file_names_the_configs_there_are() -> None:
         ("--replay.segment_steps 131072", "replay.capacity (1000000) is too small"),
         ("--replay.min_size 600000", "must not exceed half of replay.capacity"),
         ("--algorithm.n_step 256", "algorithm.n_step (256) must be below replay.segment_steps (256)"),
-        ("--replay.error_buffer 36", "replay.error_buffer (36) is too small"),
+        ("--replay.tls_certificate a.pem", "replay.tls_certificate is set and replay.tls_key is not; set both"),
+        ("--replay.tls_key a.key", "replay.tls_key is set and replay.tls_certificate is not; set both"),
+        ("--replay.tls_authority ca.pem", "replay.tls_authority is set and the shards serve without TLS"),
         ("--eval.every 0 --stop.mean_return 1", "eval.every is 0; set eval.every"),
         ("--stop.steps None", "one of stop.steps, stop.wall_s and stop.mean_return must be set"),
     ],
@@ -292,14 +296,6 @@ def test_an_impossible_combination_says_where_its_parts_come_from(flags: str, te
     assert text in message
     assert f"flag {flags.split()[-2]}" in message
     assert len(message.splitlines()) == 1
-
-
-def test_the_smallest_error_buffer_named_is_accepted() -> None:
-    message = refusal(None, "--replay.error_buffer", "1")
-    least = re.search(r"at least (\d+) is needed", message)
-    assert least is not None
-    assert load_config(None, ["--replay.error_buffer", least[1]]).replay.error_buffer == int(least[1])
-    refusal(None, "--replay.error_buffer", str(int(least[1]) - 1))
 
 
 def test_all_conflicts_are_listed_at_once() -> None:

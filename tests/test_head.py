@@ -59,6 +59,16 @@ def test_counts_are_sums_over_processes_and_over_their_restarts() -> None:
     assert row["replay_fill"] == pytest.approx(55 / 200)
 
 
+def test_a_shard_that_recovered_its_steps_counts_those_after_its_last_status_as_well() -> None:
+    head = make_head()
+    clocks = {"time/inserting_s": 3.0}
+    head.tick(Tick(1.0, shards={"shard 0": shard(30, sampled=64, **clocks)}))
+    head.recovered("shard 0", shard(34, sampled=70, **{"time/inserting_s": 0.5}))
+    row = head.tick(Tick(2.0, shards={"shard 0": shard(40, sampled=80, **{"time/inserting_s": 1.0})}))
+    assert (row["env_steps"], head.counts.sampled) == (40, 80)
+    assert row["time/shard/inserting_s"] == pytest.approx(3.0 + 0.5)  # those of the new one began at zero
+
+
 def test_a_restarted_learner_goes_back_in_updates_and_never_in_versions() -> None:
     head = make_head()
     head.tick(Tick(1.0, learner=learner(100, version=7)))
@@ -79,13 +89,13 @@ def test_steps_that_arrive_between_the_last_tick_and_a_checkpoint_are_counted_on
 def test_seconds_in_states_are_summed_over_processes_and_restarts() -> None:
     head = make_head()
     actors = {"actor 0": actor(env_s=1.0, silent_s=3.0), "actor 1": actor(env_s=2.0)}
-    head.tick(Tick(1.0, actors, {"shard 0": shard(1, **dict[str, Any]({"time/insert_s": 0.5}))}))
+    head.tick(Tick(1.0, actors, {"shard 0": shard(1, **dict[str, Any]({"time/inserting_s": 0.5}))}))
     head.rebase("actor 0", {})
     row = head.tick(
-        Tick(2.0, {"actor 0": actor(env_s=0.25)}, {"shard 0": shard(1, **dict[str, Any]({"time/insert_s": 0.75}))})
+        Tick(2.0, {"actor 0": actor(env_s=0.25)}, {"shard 0": shard(1, **dict[str, Any]({"time/inserting_s": 0.75}))})
     )
     assert row["time/actor/env_s"] == pytest.approx(3.25)
-    assert row["time/shard/insert_s"] == pytest.approx(0.75)
+    assert row["time/shard/inserting_s"] == pytest.approx(0.75)
     assert "time/actor/silent_s" not in row  # how long a process has not answered is no state of it
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow.flight as flight
 import pytest
 
 from cluster.checkpoint import Checkpoints, load_tensors
 from cluster.metrics import read_metrics
+from cluster.runs import RunFolder
+from replay.security import Security, flight_client
+from replay.wire import action
 from tests import runs_for_tests as runs
 from tests.runs_for_tests import RayCluster
+from tests.test_replay_security import make_certificate
 
 Started = Callable[..., subprocess.Popen[str]]
 TWO_OF_EACH = [
@@ -146,8 +153,55 @@ def test_a_private_ray_ends_by_ctrl_c_and_the_run_is_resumed_in_a_cluster_and_en
     wait_until_gone(lambda: list(ray_cluster.workers()))
 
 
+def inserted(run: Path) -> list[int]:
+    """Steps that each shard of a running run has taken in."""
+    security = RunFolder.open(run).security()
+    found = []
+    for address in json.loads((run / "replay.json").read_text())["addresses"]:
+        with flight_client(address, security) as client:
+            found.append(int(action(client, "stats", {})["tables"]["steps"]["inserted"]))
+    return found
+
+
+def test_shards_that_are_killed_come_back_with_every_step(
+    ray_cluster: RayCluster, start: Started, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "a"
+    process = start(
+        "pendulum_sac", *runs.SMALL, *TWO_OF_EACH, *GENTLE, "--name", "a",
+        "--checkpoints.every_s", "1000", "--stop.steps", "1e9", "--learners.updates_per_step", "0.25", cluster=ray_cluster,
+    )  # fmt: skip
+    runs.wait_for(lambda: runs.events(run, "start") and "learner" in runs.pids(run), process)
+    runs.wait_for(lambda: min(inserted(run)) > 100, process)
+    for number in (1, 0, 0):  # shard 0 holds the limiter as well
+        name = f"shard {number}"
+        dead = runs.pids(run)[name]
+        os.kill(dead, signal.SIGKILL)
+        runs.wait_for(lambda name=name, dead=dead: runs.pids(run)[name] != dead, process)  # type: ignore[misc]
+    goal = 400 + sum(inserted(run))
+    runs.wait_for(lambda: sum(inserted(run)) > goal, process)
+    process.send_signal(signal.SIGTERM)
+    ended(process, tmp_path)
+    told = [event["text"] for event in runs.events(run, "restart")]
+    assert len(told) == 3
+    for number, text in zip((1, 0, 0), told, strict=True):
+        assert re.fullmatch(rf"shard {number} died; a new one serves all its [1-9]\d+ steps", text), text
+    summary, last = runs.summary(run), runs.newest_checkpoint(run)
+    assert summary["steps"] >= goal
+    # Not one step is missing, and none is there twice: what the head has counted, what the files hold, and what the
+    # actors have finished in whole episodes agree.
+    assert runs.recount(last) == (summary["steps"], summary["episodes"])
+    assert summary["steps"] == runs.head_counts(last)["env_steps"]
+    # The ratio holds to within the error buffer and what each death leaves unsettled: the batches drawn ahead, and a lease.
+    config = RunFolder.open(run).config
+    ahead = summary["updates"] / config.learners.updates_per_step - (summary["steps"] - config.replay.min_size)
+    batches = 2 * (config.replay.prefetch + 1) / config.learners.updates_per_step
+    assert abs(ahead) <= config.error_buffer + 3 * (batches + config.actors.rows_per_write)
+    wait_until_gone(lambda: list(ray_cluster.workers()))
+
+
 @pytest.mark.slow
-def test_a_shard_that_died_comes_back_from_the_last_checkpoint(
+def test_a_shard_whose_storage_is_lost_comes_back_from_the_last_checkpoint(
     ray_cluster: RayCluster, start: Started, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "a"
@@ -156,24 +210,70 @@ def test_a_shard_that_died_comes_back_from_the_last_checkpoint(
         "--checkpoints.every_s", "1", "--stop.steps", "8000", cluster=ray_cluster,
     )  # fmt: skip
     runs.wait_for(lambda: [c for c in Checkpoints(run / "checkpoints").all() if c.env_steps > 500], process)
-    for number in (0, 1):  # shard 0 holds the limiter as well
+    for number in (0, 1):
         name = f"shard {number}"
         dead = runs.pids(run)[name]
+        (file,) = (tmp_path / "storage").glob(f"*.shard{number}.*")
+        if number:
+            file.unlink()
+            why = "its storage is gone"
+        else:
+            with file.open("r+b") as damaged:
+                damaged.write(bytes(4096))
+            why = r"its storage is damaged \(the file is no replay storage\)"
         os.kill(dead, signal.SIGKILL)
         runs.wait_for(lambda name=name, dead=dead: runs.pids(run)[name] != dead, process)  # type: ignore[misc]
-    process.wait(timeout=90)
-    log = (tmp_path / "log").read_text()
-    assert process.returncode == 0, log
-    told = [event["text"] for event in runs.events(run, "restart")]
-    assert len(told) == 2
-    for number, text in enumerate(told):
-        kept = re.fullmatch(
-            rf"shard {number} died; a new one serves (\d+) of its (\d+) steps, from the last checkpoint", text
-        )
+        text = runs.wait_for(lambda number=number: runs.events(run, "restart")[number:], process)[0]["text"]  # type: ignore[misc]
+        words = rf"shard {number} died; {why}; a new one serves (\d+) of its (\d+) steps, from the last checkpoint"
+        kept = re.fullmatch(words, text)
         assert kept is not None, text
         assert 0 < int(kept[1]) <= int(kept[2])
+    ended(process, tmp_path)
     assert runs.summary(run)["steps"] >= 8000
     wait_until_gone(lambda: list(ray_cluster.workers()))
+
+
+def test_a_run_over_tls_lets_nobody_in_without_its_token_which_is_in_its_file_alone(
+    ray_cluster: RayCluster, start: Started, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "a"
+    certificate, key = make_certificate(tmp_path, "shards")
+    process = start(
+        "pendulum_sac", *runs.SMALL, *GENTLE, "--name", "a", "--stop.steps", "1e9",
+        "--replay.tls_certificate", certificate, "--replay.tls_key", key, cluster=ray_cluster,
+    )  # fmt: skip
+    addresses = runs.wait_for(lambda: (run / "replay.json").is_file() and (run / "replay.json").read_text(), process)
+    (address,) = json.loads(addresses)["addresses"]
+    assert address.startswith("grpc+tls://127.0.0.1:")
+    runs.wait_for(lambda: runs.events(run, "start"), process)
+    file = run / "token"
+    assert file.stat().st_mode & 0o777 == 0o600
+    token = file.read_text().strip()
+    trusting = Path(certificate).read_bytes()
+    for client in (
+        flight.FlightClient(address, tls_root_certs=trusting),
+        flight_client(address, Security("wrong", authority=certificate)),
+    ):
+        with client, pytest.raises(flight.FlightUnauthenticatedError, match="expected the token of this run"):
+            action(client, "stats", {})
+    assert inserted(run)[0] > 0
+    told = subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "replay", "stats", str(run), "--json"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(runs.ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(told.stdout)["shards"][0]["tables"]["steps"]["inserted"] > 0
+
+    processes = [*runs.session(ray_cluster.leader), *runs.session(process.pid)]
+    arguments = " ".join(word for found in processes for word in found.cmdline())
+    assert "ray::ShardWorker" in arguments
+    assert token not in arguments
+    process.send_signal(signal.SIGTERM)
+    assert token not in ended(process, tmp_path)
+    assert not (run / "replay.json").exists()
+    logs = [*run.rglob("*"), *ray_cluster.folder.rglob("*.log"), *ray_cluster.folder.rglob("*.out")]
+    logs += ray_cluster.folder.rglob("*.err")
+    found = [path for path in logs if path.is_file() and token.encode() in path.read_bytes()]
+    assert found == [file]
 
 
 def test_no_cluster_and_too_small_a_cluster_are_clear_errors(

@@ -1,161 +1,235 @@
-"""Windows, eviction and uniform draws against a plain reference."""
+"""The pool of segments, writers and lanes, and what is found again after a crash."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replay.samplers import CallSource, Sampler
-from replay.schema import Field, SchemaError, StepSchema, WindowBatch
-from replay.shard import Shard, WriterClosedError
-from replay.storage import SegmentStorage
+from replay import faults, kernels
+from replay.kernels import NONE
+from replay.layout import MAX_WRITERS, NAME_BYTES, PAGE, Layout, TableSpec, read_header
+from replay.schema import Field, SchemaError, StepSchema, Window
+from replay.shard import WriterClosedError
+from replay.storage import SegmentStorage, StorageError
 from replay.writers import CallWriter
 
-from .replay_for_tests import SCHEMA, draw_all, end, joined, make_shard, numbered
+from .replay_for_tests import FRAMES, HALF_CHEETAH, SCHEMA, draw_all, end, joined, make_shard, numbered
+from .replay_reference_for_tests import Piece, Recorder
+
+ONE = (TableSpec(),)
 
 
-@dataclass
-class Lane:
-    """What a lane has written: the plain list that the storage is compared with."""
-
-    rows: list[np.void] = field(default_factory=list)
-    number: int = 0
+def make_storage(segments: int, segment_steps: int, tables: tuple[TableSpec, ...] = ONE) -> SegmentStorage:
+    return SegmentStorage(Layout(SCHEMA, segments, segment_steps, tables))
 
 
-@dataclass
-class Reference:
-    """All lanes ever opened; a step is known by the unique number in its `policy_version`."""
-
-    lanes: list[Lane] = field(default_factory=list)
-
-    def at(self) -> dict[int, tuple[list[np.void], int]]:
-        """Step number → (its lane's rows, place in them)."""
-        return {int(row["policy_version"]): (lane.rows, k) for lane in self.lanes for k, row in enumerate(lane.rows)}
+# ----------------------------------------------------------------------- layout
 
 
-@st.composite
-def histories(draw: st.DrawFn) -> tuple[int, int, int, list[tuple[str, list[tuple[int, int, bool, bool]]]]]:
-    """(segments, segment_steps, horizon, operations); an operation is a batch of (lane, rows, last, terminal), or a close."""
-    segments = draw(st.integers(4, 9))
-    pieces = st.tuples(st.integers(0, 2), st.integers(1, 12), st.booleans(), st.booleans())
-    operation = st.one_of(
-        st.tuples(st.just("append"), st.lists(pieces, min_size=1, max_size=4)),
-        st.tuples(st.just("close"), st.lists(pieces, min_size=1, max_size=1)),
-    )
-    operations = draw(st.lists(operation, min_size=1, max_size=25))
-    return segments, draw(st.integers(2, 8)), draw(st.integers(1, 5)), operations
-
-
-def check(storage: SegmentStorage, reference: Reference, horizon: int) -> None:
-    starts = np.flatnonzero(storage.is_item)
-    assert len(starts) == storage.items == storage.items_inserted - storage.items_deleted
-    ids = storage.item_ids(starts)
-    assert len(set(ids.tolist())) == len(ids)
-    rows, length = storage.windows(starts, horizon)
-    steps = storage.gather(rows)  # (items, horizon + 1)
-    at = reference.at()
-    for window, n in zip(steps, length.tolist(), strict=True):
-        lane, k = at[int(window[0]["policy_version"])]
-        assert 1 <= n <= horizon
-        for j in range(n + 1):
-            assert window[j] == lane[k + j]
-            assert j == n or not lane[k + j]["is_last"]
-        assert all(window[j] == window[n] for j in range(n, horizon + 1))
-        # As long as it can be: it ends only with its episode or with what its lane has written.
-        assert n == horizon or lane[k + n]["is_last"] or k + n == len(lane) - 1
-    # Exactly the stored steps with a successor in the same episode are items: what is gone is the oldest of each lane.
-    stored = {int(window[0]["policy_version"]) for window in steps}
-    for lane in (lane.rows for lane in reference.lanes):
-        valid = [int(a["policy_version"]) for a in lane[:-1] if not a["is_last"]]
-        kept = [number in stored for number in valid]
-        assert kept == sorted(kept)
-
-
-@settings(max_examples=120, deadline=None)
-@given(histories())
-def test_every_window_equals_the_reference(
-    history: tuple[int, int, int, list[tuple[str, list[tuple[int, int, bool, bool]]]]],
-) -> None:
-    segments, segment_steps, horizon, operations = history
-    storage = SegmentStorage(SCHEMA, segments=segments, segment_steps=segment_steps)
-    reference = Reference()
-    lanes: dict[int, tuple[int, Lane]] = {}  # test's lane → (storage lane, reference)
-    given_ids: dict[int, int] = {}  # item id → step
-    written = 0
-    for kind, pieces in operations:
-        if kind == "close":
-            if pieces[0][0] not in lanes:
-                continue
-            number, lane = lanes.pop(pieces[0][0])
-            cut = storage.close_lane(number)
-            assert cut == (not lane.rows[-1]["is_last"])
-            if cut:
-                newest = lane.rows[-1]
-                newest["is_last"], newest["is_terminal"], newest["reward"] = True, False, 0.0
-                newest["action"] = 0.0
+@pytest.mark.parametrize("schema", [SCHEMA, HALF_CHEETAH, FRAMES], ids=["dict", "half_cheetah", "frames"])
+def test_a_schema_survives_its_text_and_is_laid_out_in_whole_words(schema: StepSchema) -> None:
+    assert StepSchema.from_json(schema.to_json()) == schema
+    assert schema.dtype.itemsize % 8 == schema.packed.itemsize % 8 == 0
+    assert schema.packed.itemsize + schema.large_bytes == schema.dtype.itemsize
+    taken = np.zeros(schema.dtype.itemsize, int)
+    for field in schema.fields:
+        dtype, offset = schema.dtype.fields[field.name][:2]  # type: ignore[index]
+        assert offset % dtype.base.itemsize == 0
+        taken[offset : offset + field.nbytes] += 1
+        if field in schema.large:
+            assert offset >= schema.packed.itemsize
         else:
-            numbers, batch = [], []
-            for lane_number, count, last, terminal in pieces:
-                if lane_number not in lanes:
-                    lanes[lane_number] = (storage.open_lane(), Lane())
-                    reference.lanes.append(lanes[lane_number][1])
-                number, lane = lanes[lane_number]
-                rows = numbered(count, written)
-                written += count
-                rows["is_first"][0] = not lane.rows or bool(lane.rows[-1]["is_last"])
-                if last:
-                    end(rows, terminal=terminal)
-                lane.rows += [row.copy() for row in rows]
-                numbers.append(np.full(count, number))
-                batch.append(rows)
-            # Rows of different lanes come in any order, those of one lane in time order.
-            all_rows, all_lanes = joined(*batch), np.concatenate(numbers)
-            order = np.random.default_rng(written).permutation(len(all_rows))
-            for lane_rows in (np.flatnonzero(all_lanes[order] == lane) for lane in np.unique(all_lanes)):
-                order[lane_rows] = np.sort(order[lane_rows])
-            items = storage.items_inserted
-            assert storage.append(all_lanes[order], all_rows[order]) == storage.items_inserted - items
-        check(storage, reference, horizon)
-        starts = np.flatnonzero(storage.is_item)
-        versions = storage.rows["policy_version"][starts].tolist()
-        for item, version in zip(storage.item_ids(starts).tolist(), versions, strict=True):
-            assert given_ids.setdefault(item, version) == version
-    if written <= segments:  # every segment holds a row of its own at least
-        assert storage.items_deleted == 0
+            assert schema.packed.fields[field.name][1] == offset  # type: ignore[index]
+        if field.name in (schema.rest.names or ()):
+            assert schema.rest.fields[field.name][1] + schema.rest_offset == offset  # type: ignore[index]
+    assert taken.max() == 1
+
+
+def test_half_cheetah_steps_take_as_many_bytes_as_their_fields_and_five_more() -> None:
+    fields = sum(field.nbytes for field in HALF_CHEETAH.fields)
+    assert (fields, HALF_CHEETAH.packed.itemsize) == (103, 104)
+
+
+def test_schemas_of_other_fields_differ() -> None:
+    assert (
+        StepSchema({"observation": Field("observation", "float32", (3,))}, Field("action", "float32", (2,))) != SCHEMA
+    )
+    with pytest.raises(SchemaError, match="not a step schema"):
+        StepSchema.from_json('[["observation", "float32", [3]], ["action", "float32", [2]]]')
+
+
+def test_the_arrays_of_a_layout_lie_apart_on_pages_of_their_own() -> None:
+    tables = (TableSpec("a"), TableSpec("b", "prioritised", max_size=9, remover="lifo", max_times_sampled=2))
+    layout = Layout(FRAMES, 5, 3, tables)
+    assert Layout.from_json(layout.to_json()) == layout
+    end_of_last = 0
+    for offset, dtype, shape in layout.arrays.values():
+        assert offset % PAGE == 0
+        assert offset >= end_of_last
+        end_of_last = offset + dtype.itemsize * int(np.prod(shape))
+    assert layout.size >= end_of_last
+    memory = np.zeros(layout.size, np.uint8)
+    views = layout.carve(memory)
+    for name, view in views.items():
+        view[...] = np.zeros((), view.dtype)
+        assert view.base is not None, name
+    assert {"keys1", "removal_keys1", "times_sampled1"} <= set(views)
+    assert not {"keys0", "removal_keys0", "times_sampled0"} & set(views)
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"], [f"t{k}" for k in range(kernels.MAX_TABLES + 1)]])
+def test_one_to_seven_tables_of_different_names_share_a_storage(names: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"expected 1 to 7 tables with names of their own, received \["):
+        Layout(SCHEMA, 4, 4, tuple(TableSpec(name) for name in names))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"selector": "best"}, r"table t: expected selector one of uniform, .*received 'best'"),
+        ({"remover": "worst"}, r"table t: expected remover one of uniform, .*received 'worst'"),
+        ({"stride": 0}, r"expected stride of at least 1, received 0"),
+        ({"max_size": 0}, r"expected max_size of at least 1, received 0"),
+        ({"max_times_sampled": -1}, r"expected max_times_sampled of at least 1, received -1"),
+    ],
+)
+def test_table_settings_that_make_no_sense_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TableSpec("t", **wrong)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------- segments
 
 
 def test_a_full_storage_keeps_the_newest_steps() -> None:
-    storage = SegmentStorage(SCHEMA, segments=8, segment_steps=4)
-    lane = storage.open_lane()
-    storage.append(np.full(1000, lane), numbered(1000))
-    kept = np.sort(storage.rows["policy_version"][storage.is_item])
-    assert kept.tolist() == list(range(1000 - 32, 999))
-    assert (storage.items, storage.items_inserted, storage.items_deleted) == (31, 999, 968)
+    recorder = Recorder(ONE, segments=8, segment_steps=4)
+    recorder.write(Piece(0, 0, 1000, first=True))
+    recorder.check()
+    assert sorted(recorder.places()) == list(range(1000 - 32, 1000))
+    assert (recorder.items[0], recorder.storage.inserted(0)) == (31, 999)
+
+
+def test_a_lane_that_lags_keeps_its_segment_and_loses_those_before() -> None:
+    recorder = Recorder(ONE, segments=4, segment_steps=4)
+    recorder.write(Piece(0, 0, 6, first=True))  # segments 0 and 1, which it still fills
+    recorder.write(Piece(0, 1, 400, first=True))
+    recorder.check()
+    assert [number for number in recorder.places() if number < 6] == [4, 5]
+    recorder.write(Piece(0, 0, 1))
+    recorder.check()
+    recorder.read(recorder.rows_of_items(0), Window(3, burn_in=2))
+
+
+def test_as_many_rows_are_kept_as_the_storage_holds() -> None:
+    recorder = Recorder(ONE, segments=9, segment_steps=4)
+    for _ in range(30):
+        recorder.write(*(Piece(0, lane, 3) for lane in range(3)))
+        used = min(recorder.storage.taken, 9)
+        assert len(recorder.places()) >= used * 4 - 3 * 3  # but what three lanes have yet to fill
+        assert recorder.storage.rows_in_use == used * 4
+    recorder.check()
 
 
 def test_more_lanes_than_segments_are_refused_before_anything_changes() -> None:
-    storage = SegmentStorage(SCHEMA, segments=3, segment_steps=4)
-    lanes = np.array([storage.open_lane() for _ in range(3)])
-    storage.append(lanes[:2], numbered(2))
-    before = storage.rows.copy()
+    shard = make_shard(capacity=12, segment_steps=4)
+    shard.connect("w")
+    assert shard.insert("w", 0, np.array([0, 1], np.int32), numbered(2), timeout_s=0.0)
     with pytest.raises(SchemaError, match=r"3 lanes write to a shard of 3 segments.*raise replay\.capacity"):
-        storage.append(lanes, numbered(3, 10))
-    assert (storage.rows == before).all()
-    storage.close_lane(int(lanes[0]))
-    storage.append(lanes[1:], numbered(2, 20))
+        shard.insert("w", 1, np.arange(3, dtype=np.int32), numbered(3, 10), timeout_s=0.0)
+    assert shard.connect("w") == 0
+    assert shard.insert("w", 1, np.array([0, 1], np.int32), numbered(2, 20), timeout_s=0.0)
+    assert draw_all(shard).steps["policy_version"].tolist() == [[0, 20], [1, 21]]
+
+
+def test_a_batch_of_more_lanes_than_a_journal_record_holds_is_written_in_full() -> None:
+    lanes = kernels.RECORD_LANES + 100
+    recorder = Recorder(ONE, segments=lanes + 1, segment_steps=2)
+    for _ in range(2):
+        recorder.write(*(Piece(0, lane, 1) for lane in range(lanes)))
+    assert recorder.items[0] == recorder.storage.inserted(0) == lanes
+    assert len(recorder.places()) == 2 * lanes
+
+
+def test_an_empty_batch_counts_as_applied() -> None:
+    storage = make_storage(4, 4)
+    slot = storage.open_writer("w")
+    storage.append(slot, 0, np.empty(0, np.int64), SCHEMA.zeros(0))
+    assert storage.last_sequence(slot) == 0
+    assert storage.taken == 0
+
+
+def test_rows_of_another_layout_are_refused() -> None:
+    storage = make_storage(4, 4)
+    slot = storage.open_writer("w")
+    lane = storage.open_lane(slot, 0)
+    with pytest.raises(SchemaError, match=r"rows have the layout .*, the table's schema is "):
+        storage.append(slot, 0, np.array([lane]), HALF_CHEETAH.zeros(1))
+    assert storage.last_sequence(slot) == NONE
+
+
+def test_ids_that_were_never_given_are_no_rows() -> None:
+    storage = make_storage(4, 4)
+    slot = storage.open_writer("w")
+    lane = storage.open_lane(slot, 0)
+    storage.append(slot, 0, np.full(5, lane), numbered(5))
+    given_ids = storage.item_ids(np.arange(4))
+    for item in (-1, -17, 10**6, 2**62, int(given_ids.max()) + 1000):
+        assert storage.rows_of(np.array([item])).tolist() == [NONE]
+    assert storage.rows_of(given_ids).tolist() == [0, 1, 2, 3]
+
+
+# --------------------------------------------------------------------- counting
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9), st.booleans(), st.booleans()), min_size=1, max_size=12),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+def test_rows_are_counted_as_the_items_they_will_make(
+    pieces: list[tuple[int, int, bool, bool]], stride: int, batches: int
+) -> None:
+    tables = (TableSpec("all"), TableSpec("some", stride=stride))
+    storage = make_storage(200, 4, tables)
+    slot = storage.open_writer("w")
+    lanes = np.array([storage.open_lane(slot, lane) for lane in range(3)])
+    counted = np.zeros(2, np.int64)
+    going = [False] * 3  # whether the lane's episode goes on
+    for sequence in range(batches):
+        numbers, parts = [], []
+        for lane, count, last, terminal in pieces:
+            part = numbered(count, 100 * sequence)
+            part["is_first"][0] = not going[lane]
+            if last:
+                end(part, terminal=terminal)
+            going[lane] = not last
+            numbers.append(np.full(count, lanes[lane]))
+            parts.append(part)
+        batch = np.concatenate(numbers), joined(*parts)
+        counted += storage.count_items(slot, sequence, *batch)
+        storage.append(slot, sequence, *batch)
+    # One more step and one that ends each episode: what was counted has come.
+    for lane in range(3):
+        part = numbered(1)
+        part["is_first"] = not going[lane]
+        end(part, terminal=False)
+        storage.append(slot, storage.last_sequence(slot) + 1, lanes[[lane]], part)
+    assert [storage.inserted(table) for table in range(2)] == counted.tolist()
+
+
+# ---------------------------------------------------------------------- writers
 
 
 def test_a_writer_that_closes_leaves_truncated_episodes() -> None:
     shard = make_shard()
     writer = CallWriter(shard)
     writer.append(np.array([0, 0, 0, 1, 1], np.int32), joined(numbered(3), numbered(2, 10, last=True)))
-    assert shard.items == 3
+    assert shard.tables["steps"].items == 3
     writer.close()
-    windows = draw_all(shard, horizon=4)
+    windows = draw_all(shard, 4)
     ends = windows.steps[np.arange(len(windows)), windows.length]
     assert windows.length.tolist() == [2, 1, 1]
     assert ends["is_last"].all()
@@ -174,115 +248,235 @@ def test_a_sequence_number_is_applied_once() -> None:
     for _ in range(2):
         assert shard.insert("w", 0, lanes, numbered(4), timeout_s=0.0)
     assert shard.insert("w", 1, lanes, numbered(4, 4), timeout_s=0.0)
-    assert (shard.items, shard.stats()["inserted"], shard.stats()["duplicates"]) == (7, 7, 1)
+    stats = shard.stats()
+    assert (stats["tables"]["steps"]["items"], stats["tables"]["steps"]["inserted"], stats["duplicates"]) == (7, 7, 1)
     assert shard.connect("w") == 1
 
 
 @pytest.mark.parametrize(
     ("lanes", "rows", "message"),
     [
-        (np.array([-1], np.int32), numbered(1), r"lanes -1…-1 lie outside 0…65535"),
-        (np.array([70_000], np.int32), numbered(1), r"lanes 70000…70000 lie outside"),
-        (np.zeros(2, np.int32), numbered(1), r"2 lanes came with 1 rows"),
-        (
-            np.zeros(1, np.int32),
-            np.zeros(1, [("reward", "f4")]),
-            r"rows have the layout .*reward.*; the table expects StepS",
-        ),
+        (np.array([-1], np.int32), numbered(1), r"expected lane numbers from 0 to 65535, received -1"),
+        (np.array([70_000], np.int32), numbered(1), r"expected lane numbers from 0 to 65535, received 70000"),
+        (np.zeros(2, np.int32), numbered(1), r"expected a lane for each row, received 2 lanes and 1 rows"),
+        (np.zeros(1, np.int32), np.zeros(1, [("reward", "f4")]), r"rows have the layout .*reward.*schema is "),
     ],
 )
-def test_rows_that_do_not_fit_are_refused(lanes: np.ndarray, rows: np.ndarray, message: str) -> None:
+def test_rows_that_do_not_fit_are_refused_and_change_nothing(lanes: np.ndarray, rows: np.ndarray, message: str) -> None:
     shard = make_shard()
     shard.connect("w")
     with pytest.raises(SchemaError, match=message):
         shard.insert("w", 0, lanes, rows, timeout_s=0.0)
-    assert shard.stats()["inserted"] == shard.items == 0
+    assert shard.stats()["tables"]["steps"]["inserted"] == shard.tables["steps"].items == 0
     assert shard.insert("w", 0, np.zeros(2, np.int32), numbered(2), timeout_s=0.0)
 
 
-def test_a_schema_survives_its_text() -> None:
-    assert StepSchema.from_json(SCHEMA.to_json()) == SCHEMA
-    other = StepSchema({"observation": Field("observation", "float32", (3,))}, Field("action", "float32", (2,)))
-    assert other != SCHEMA
-    for name in SCHEMA.dtype.names or ():
-        dtype, offset = SCHEMA.dtype.fields[name][:2]  # type: ignore[index]
-        assert offset % dtype.base.itemsize == 0
+def test_the_writer_closed_first_is_forgotten_where_none_is_free() -> None:
+    storage = make_storage(4, 4)
+    slots = [storage.open_writer(f"w{k}") for k in range(MAX_WRITERS)]
+    assert sorted(slots) == list(range(MAX_WRITERS))
+    with pytest.raises(SchemaError, match=r"4096 writers are open"):
+        storage.open_writer("one too many")
+    for k in (7, 3, 9):
+        storage.close_writer(slots[k])
+    storage.open_writer("first")
+    known = storage.find_writers()
+    assert "w7" not in known
+    assert known["first"] == (slots[7], True)
+    assert known["w3"] == (slots[3], False)
+    storage.open_writer("second")
+    assert "w3" not in storage.find_writers()
+    assert storage.find_writers()["w9"] == (slots[9], False)
 
 
-# ------------------------------------------------------------------- uniformity
+def test_long_names_are_refused() -> None:
+    storage = make_storage(4, 4)
+    storage.open_writer("é" * (NAME_BYTES // 2))
+    with pytest.raises(SchemaError, match=r"name of at most 128 bytes, received 130"):
+        storage.open_writer("é" * (NAME_BYTES // 2 + 1))
 
 
-def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
-    """Pearson's statistic, in standard deviations above its mean (it is near normal for so many cells)."""
-    freedom = len(counts) - 1
-    statistic = float((((counts - expected) ** 2) / expected).sum())
-    return float((statistic - freedom) / np.sqrt(2 * freedom))
+# ------------------------------------------------------------------ after a crash
 
 
-def fill(shard: Shard, lanes: int, count: int) -> None:
-    """Lanes of `count` rows with episodes of uneven length."""
-    writer = CallWriter(shard)
-    for lane in range(lanes):
-        rows = numbered(count, lane * count)
-        for k in range(5 + lane, count, 11 + lane):
-            end(rows[: k + 1], terminal=True)
-        writer.append(np.full(count, lane, np.int32), rows)
+def recovered(recorder: Recorder) -> SegmentStorage:
+    """The storage as a new process finds it in a copy of the memory."""
+    return SegmentStorage(
+        recorder.storage.layout,
+        memory=recorder.memory.copy(),
+        recover=True,
+        history=recorder.history,
+        changed=recorder.changed,
+    )
 
 
-@pytest.mark.parametrize("rare", [False, True], ids=["guessed", "listed"])
-def test_draws_are_uniform_over_items(rare: bool) -> None:
-    # 200 draws per item: were half of the items 10 % likelier than the others, the statistic would lie
-    # about 22 standard deviations above its mean; 4 is passed by chance 3 times in 100 000.
-    shard = make_shard(capacity=64 * 1024 if rare else 1024, segment_steps=1024 if rare else 16)
-    fill(shard, lanes=7, count=20 if rare else 140)
-    found = np.zeros(0, np.int64)
-    for _ in range(20):
-        batch = shard.sample(10 * shard.items, 1, timeout_s=0.0)
-        assert batch is not None
-        assert np.all(batch.probability == 1.0 / shard.items)
-        found = np.concatenate([found, batch.item])
-    ids, counts = np.unique(found, return_counts=True)
-    assert len(ids) == shard.items
-    assert abs(chi_square(counts, np.full(len(ids), 200.0))) < 4
+TWO = (TableSpec("all", "prioritised"), TableSpec("some", stride=3, max_size=40, remover="lifo"))
 
 
-def test_a_sampler_draws_as_from_one_table() -> None:
-    shards = [make_shard(index=0, seed=1), make_shard(index=1, seed=1)]
-    fill(shards[0], lanes=6, count=150)
-    fill(shards[1], lanes=1, count=120)
-    sampler = Sampler([CallSource(shard, horizon=2) for shard in shards], batch_size=500, seed=5)
-    total = sum(shard.items for shard in shards)
-    keys = np.zeros(0, np.int64)
-    for _ in range(400):
-        batch = sampler.sample(1.0)
-        assert isinstance(batch, WindowBatch)
-        assert len(batch) == 500
-        assert np.allclose(batch.probability, 1.0 / total, rtol=1e-12)
-        keys = np.concatenate([keys, batch.shard * 10**9 + batch.item])
-    ids, counts = np.unique(keys, return_counts=True)
-    assert len(ids) == total
-    # 200 000 draws over about 900 items: shares off by 10 % in half of the items would lie 24 deviations off.
-    assert abs(chi_square(counts, np.full(total, 200_000 / total))) < 4
-    # And the shards' shares alone, which a per-item test would see only faintly: within 4 binomial deviations.
-    share = shards[1].items / total
-    of_second = int(counts[ids >= 10**9].sum())
-    assert abs(of_second - 200_000 * share) < 4 * np.sqrt(200_000 * share * (1 - share))
+def some_history(*, frames: bool = False) -> Recorder:
+    """Three writers, one of them closed, of several lanes, which have been overwritten in part."""
+    recorder = Recorder(TWO, segments=12, segment_steps=5, history=2 if frames else 0, frames=frames)
+    for k in range(20):
+        recorder.write(
+            Piece(0, 0, 3, last=k % 3 == 0), Piece(0, 1, 5, last=k % 5 == 0, terminal=True), Piece(1, 0, 2 + k % 4)
+        )
+    recorder.write(Piece(2, 0, 3))
+    recorder.close(2)
+    return recorder
 
 
-def test_the_same_seed_draws_the_same() -> None:
-    drawn = []
-    for _ in range(2):
-        shard = make_shard(seed=3)
-        fill(shard, lanes=3, count=100)
-        batch = shard.sample(256, 3, timeout_s=0.0)
-        assert batch is not None
-        drawn.append(batch)
-    for name, value in vars(drawn[0]).items():
-        assert np.array_equal(value, vars(drawn[1])[name])
+@pytest.mark.parametrize("frames", [False, True], ids=["steps", "frames"])
+def test_a_copy_of_the_memory_at_rest_holds_everything(frames: bool) -> None:
+    recorder = some_history(frames=frames)
+    live = recorder.storage
+    found = recovered(recorder)
+    assert found.identity == live.identity
+    for name in found.arrays:
+        assert (found.arrays[name] == live.arrays[name]).all(), name
+    assert found.find_writers() == live.find_writers()
+    assert found.find_writers()["w3"] == (2, False)
+    for slot in range(2):
+        assert found.last_sequence(slot) == live.last_sequence(slot) == 19
+        assert found.lanes_of(slot) == live.lanes_of(slot)
+    # And what comes then is written as if nothing had happened.
+    recorder.storage = found
+    recorder.write(Piece(0, 0, 7, last=True), Piece(1, 0, 9), Piece(0, 1, 30))
+    recorder.write(Piece(4, 0, 11), Piece(0, 0, 2))
+    recorder.check()
+    recorder.read(recorder.rows_of_items(0), Window(4, burn_in=3, stack=3 if frames else 1))
 
 
-def test_sampling_an_empty_shard_waits_and_says_so() -> None:
-    shard = make_shard()
-    assert shard.sample(1, 1, timeout_s=0.01) is None
-    with pytest.raises(TimeoutError, match=r"no batch within 0\.01 s"):
-        Sampler([CallSource(shard, horizon=1)], batch_size=8, seed=0).sample(0.01)
+class Killed(Exception):  # noqa: N818
+    """Stands for the end of the process, whose memory then lies as it was."""
+
+
+@pytest.fixture
+def killing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    def die() -> None:
+        raise Killed
+
+    monkeypatch.setattr(faults, "die", die)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("point", kernels.FAULTS)
+def test_a_batch_cut_short_by_a_crash_is_applied_once_when_it_is_sent_again(
+    killing: pytest.MonkeyPatch, point: str
+) -> None:
+    crashes = 0
+    pieces = st.builds(
+        Piece, st.integers(0, 1), st.integers(0, 2), st.integers(1, 9), last=st.booleans(), terminal=st.booleans()
+    )
+    histories = st.lists(st.lists(pieces, min_size=1, max_size=4), min_size=1, max_size=12)
+
+    @settings(max_examples=40)
+    @given(st.integers(1, 12), st.booleans(), st.booleans(), histories)
+    def check(passing: int, frames: bool, drops: bool, batches: list[list[Piece]]) -> None:
+        nonlocal crashes
+        tables = (TableSpec("all"), TableSpec("some", stride=2, max_size=1000 if drops else None))
+        killing.setattr(faults, "wanted", lambda points: (points.index(point) + 1, passing))
+        recorder = Recorder(tables, segments=9, segment_steps=4, history=2 if frames else 0, frames=frames)
+        killing.setattr(faults, "wanted", lambda points: (0, 0))
+        for written in batches:
+            for writer in dict.fromkeys(piece.writer for piece in written):
+                lanes, steps = recorder.batch(writer, [piece for piece in written if piece.writer == writer])
+                try:
+                    recorder.apply(writer, lanes, steps)
+                except Killed:
+                    crashes += 1
+                    recover(recorder)
+                    if recorder.storage.last_sequence(recorder.slot(writer)) < recorder.sequence(writer):
+                        recorder.apply(writer, lanes, steps)
+                    else:
+                        recorder.skip(writer)
+            recorder.check()
+        recorder.read(recorder.rows_of_items(0), Window(3, burn_in=2, stack=3 if frames else 1))
+
+    check()
+    assert crashes > 5
+
+
+def recover(recorder: Recorder) -> None:
+    """Go on with the storage that is found in a copy of the memory."""
+    before = recorder.storage
+    found = recorder.storage = recovered(recorder)
+    assert found.find_writers() == before.find_writers()
+    for slot, is_open in before.find_writers().values():
+        assert is_open
+        assert found.lanes_of(slot) == before.lanes_of(slot)
+    assert found.state[kernels.HEAD] == found.state[kernels.APPLIED] == before.state[kernels.HEAD]
+    recorder.items = [len(recorder.rows_of_items(table)) for table in range(len(recorder.items))]
+
+
+@pytest.mark.parametrize("kind", ["APPEND", "TAKE"])
+def test_a_change_published_and_not_applied_is_completed(killing: pytest.MonkeyPatch, kind: str) -> None:
+    recorder = Recorder(ONE, segments=4, segment_steps=4)
+    recorder.write(Piece(0, 0, 14, first=True))
+    before = recorder.memory.copy()
+    lanes, steps = recorder.batch(0, [Piece(0, 0, 2 if kind == "APPEND" else 5)])
+    point = "record_published" if kind == "APPEND" else "segment_published"
+    killing.setattr(faults, "wanted", lambda points: (points.index(point) + 1, 1))
+    cut = SegmentStorage(recorder.storage.layout, memory=before, recover=True)
+    with pytest.raises(Killed):
+        cut.append(0, 1, lanes, steps)
+    assert cut.state[kernels.HEAD] == cut.state[kernels.APPLIED] + 1
+    found = SegmentStorage(cut.layout, memory=before.copy(), recover=True)
+    assert found.state[kernels.HEAD] == found.state[kernels.APPLIED] == cut.state[kernels.HEAD]
+    if kind == "APPEND":
+        assert found.last_sequence(0) == 1
+        assert found.inserted(0) == 15
+        recorder.storage.append(0, 1, lanes, steps)
+        for name in ("state", "segments", "lanes", "writers", "flags", "packed"):
+            assert (found.arrays[name] == recorder.storage.arrays[name]).all(), name
+    else:
+        assert found.taken == 5
+        assert found.last_sequence(0) == 0
+        assert found.arrays["writers"][kernels.PARTIAL, 0] == 2  # rows that fitted into the segment before
+
+
+def test_a_lane_whose_newest_step_was_overwritten_after_a_crash_goes_on_alone(killing: pytest.MonkeyPatch) -> None:
+    # Lane 0 has taken a segment and written nothing to it: the segment with its newest step is anybody's.
+    recorder = Recorder(ONE, segments=4, segment_steps=4)
+    recorder.write(Piece(0, 0, 4, first=True))
+    recorder.write(Piece(1, 0, 1, first=True))
+    lanes, steps = recorder.batch(0, [Piece(0, 0, 3)])
+    killing.setattr(faults, "wanted", lambda points: (points.index("segment_taken") + 1, 1))
+    recorder.storage = SegmentStorage(recorder.storage.layout, memory=recorder.memory, recover=True)
+    with pytest.raises(Killed):
+        recorder.apply(0, lanes, steps)
+    killing.setattr(faults, "wanted", lambda points: (0, 0))
+    closed, written = recovered(recorder), recovered(recorder)
+    for storage in (closed, written):
+        recorder.storage = storage
+        slot = storage.find_writers()["w2"][0]
+        lane = storage.lanes_of(slot)[0]
+        for sequence in range(1, 9):
+            storage.append(slot, sequence, np.full(4, lane), numbered(4, 1000 + 4 * sequence))
+    others = sorted(closed.rows["policy_version"][closed.flags & kernels.LINKED != 0].tolist())
+    assert closed.close_writer(closed.find_writers()["w1"][0]) == 0
+    assert not closed.rows["is_last"].any()
+    written.append(written.find_writers()["w1"][0], 1, lanes, steps)
+    linked = sorted(written.rows["policy_version"][written.flags & kernels.LINKED != 0].tolist())
+    assert linked == sorted([*others, 5, 6])
+    assert min(others) > 1000
+
+
+def test_a_damaged_or_foreign_file_is_refused() -> None:
+    recorder = some_history()
+    layout, memory = recorder.storage.layout, recorder.memory
+    assert read_header(memory) is not None
+    with pytest.raises(StorageError, match="is no replay storage"):
+        SegmentStorage(layout, memory=np.zeros_like(memory), recover=True)
+    for other in (
+        Layout(SCHEMA, 5, 12, TWO),
+        Layout(SCHEMA, 12, 5, TWO[:1]),
+        Layout(SCHEMA, 12, 5, (TableSpec("all", "prioritised", priority_exponent=0.5), TWO[1])),
+    ):
+        with pytest.raises(StorageError, match=r"another layout: expected .*, found "):
+            SegmentStorage(other, memory=np.concatenate([memory, np.zeros(10**6, np.uint8)]), recover=True)
+    damaged = memory.copy()
+    arrays = layout.carve(damaged)
+    arrays["state"][kernels.APPLIED] -= 1
+    arrays["journal"][int(arrays["state"][kernels.HEAD]) & 1, kernels.RECORD_HEAD] ^= 1
+    with pytest.raises(StorageError, match="checksum of the journal's last record is wrong"):
+        SegmentStorage(layout, memory=damaged, recover=True)

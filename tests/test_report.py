@@ -74,7 +74,7 @@ def make_run(root: Path, name: str, *, seed: int = 0, rows: int = 40) -> Path:
                 "time/learner/update_s": 0.75 * tick,
                 "time/learner/wait_s": 0.15 * tick,
                 "time/learner/wall_s": tick,
-                "time/shard/wait_insert_s": 1.5 * tick,
+                "time/shard/waiting_for_samples_s": 1.5 * tick,
                 "time/shard/wall_s": tick,
             }
             if tick % 10 == 0:

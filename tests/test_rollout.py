@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from actors.spaces import lane_seeds
 from configs.schema import EnvSettings, Scalar
 from replay.process import ShardProcess
 from replay.schema import StepSchema
+from replay.security import flight_client
 from replay.shard import ShardSpec
 from replay.writers import FlightWriter
 
@@ -262,15 +264,14 @@ def test_into_a_real_shard(tmp_path: Path) -> None:
         index=0,
         capacity=4096,
         segment_steps=64,
-        samples_per_insert=1.0,
-        min_size=1,
-        error_buffer=1e6,
         seed=0,
         directory=str(tmp_path),
     )
     with ShardProcess(spec) as shard:
-        rollout = Rollout(env, Linear(env.schema), FlightWriter(shard.address, env.schema), **ROOM)
+        connect = partial(flight_client, security=shard.security)
+        rollout = Rollout(env, Linear(env.schema), FlightWriter(shard.address, env.schema, connect=connect), **ROOM)
         steps = sum(rollout.step() for _ in range(12 * 8))  # twelve episodes: a reset and 7 steps
         rollout.close()
         stats = shard.stats()
-    assert stats["limiter"]["inserted"] == steps == rollout.stats()["env_steps"] == 4 * 12 * 7
+    found = stats["tables"]["steps"]
+    assert found["limiter"]["inserted"] == found["inserted"] == steps == rollout.stats()["env_steps"] == 4 * 12 * 7

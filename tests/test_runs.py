@@ -13,7 +13,7 @@ import pytest
 
 import cluster.runs
 from cluster.runs import RunFolder
-from configs.schema import EnvSettings, RunConfig, SacSettings, StopSettings
+from configs.schema import EnvSettings, ReplaySettings, RunConfig, SacSettings, StopSettings
 
 CONFIG = RunConfig(
     seed=7,
@@ -108,3 +108,22 @@ def test_the_commit_is_that_of_the_source_tree(tmp_path: Path) -> None:
     with (tree / "cluster" / "files.py").open("a") as file:
         file.write("# changed\n")
     assert commit() == f"{head}-dirty"
+
+
+def test_a_token_is_made_once_per_run_and_is_nobody_elses_to_read(tmp_path: Path) -> None:
+    config = RunConfig(root=str(tmp_path), replay=ReplaySettings(tls_certificate="a.pem", tls_key="a.key"))
+    one = RunFolder.create(config.model_copy(update={"name": "one"}), ["test"])
+    two = RunFolder.create(config.model_copy(update={"name": "two"}), ["test"])
+    security = one.security()
+    assert (security.certificate, security.key) == ("a.pem", "a.key")
+    assert (one.path / "token").stat().st_mode & 0o777 == 0o600
+    assert len(security.token) > 40
+    assert security.token == RunFolder.open(one.path).security().token != two.security().token
+    assert all(security.token not in (one.path / name).read_text() for name in ("config.yaml", "run.json"))
+    assert security.token not in repr(security)
+
+    (one.path / "token").unlink()  # a run of an earlier version had none
+    assert one.security().token not in ("", security.token)
+    (one.path / "token").write_text("two words")
+    with pytest.raises(ValueError, match=r"token cannot be used .*; remove it"):
+        one.security()

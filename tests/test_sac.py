@@ -15,7 +15,8 @@ from configs.schema import SacSettings
 from learners.networks import Mlp
 from learners.policy import SquashedGaussianPolicy
 from learners.sac import Sac, Squashed
-from replay.schema import Field, SchemaError, StepSchema, WindowBatch
+from replay.buffers import buffers
+from replay.schema import Field, SchemaError, StepSchema, Window, WindowBatch
 
 OBSERVATION_DIM, ACTION_DIM = 5, 3
 SCHEMA = StepSchema(
@@ -110,6 +111,25 @@ def test_stage_takes_the_observation_after_the_window_and_scales_bytes() -> None
     torch.testing.assert_close(staged.observation, torch.tensor(expected))
     torch.testing.assert_close(staged.action, torch.tensor([[0.25], [-0.5]]))
     torch.testing.assert_close(staged.discount, torch.tensor([0.99**3, 0.99]))
+
+
+def test_stage_takes_large_fields_from_beside_the_packed_rows() -> None:
+    camera = Field("observation/camera", "uint8", (64, 64))
+    joints = Field("observation/joints", "float32", (2,))
+    schema = StepSchema({f.name: f for f in (camera, joints)}, Field("action", "float32", (1,)))
+    batch = buffers(schema, Window(length=3), 2)
+    batch.length[:] = [3, 1]
+    batch.steps["observation/joints"] = np.arange(16, dtype=np.float32).reshape(2, 4, 2)
+    batch.frames[camera.name][:] = np.array([[0, 51, 102, 153], [255, 204, 1, 1]])[..., None, None, None]
+
+    observation = (
+        Sac(schema, SacSettings(n_step=3, hidden=(4,)), batch_size=2, device="cpu", seed=0).stage(batch).observation
+    )
+
+    assert observation.shape == (4, 64 * 64 + 2)
+    torch.testing.assert_close(observation[:, :4096].amin(1), torch.tensor([0.0, 1.0, 0.6, 0.8]))
+    torch.testing.assert_close(observation[:, :4096].amax(1), torch.tensor([0.0, 1.0, 0.6, 0.8]))
+    torch.testing.assert_close(observation[:, 4096:], torch.tensor([[0.0, 1], [8, 9], [6, 7], [10, 11]]))
 
 
 def test_log_probability_is_that_of_torch_distributions() -> None:

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pytest
 
 from cluster.api import Run, train
-from cluster.checkpoint import Checkpoints, load_tensors
+from cluster.checkpoint import Checkpoints, load_tensors, verify
 from cluster.cli import main
 from cluster.metrics import read_metrics
+from cluster.runs import RunFolder
 from configs.load import load_config
 from tests import runs_for_tests as runs
 
@@ -31,7 +32,8 @@ def sync(tmp_path: Path) -> Trained:
 
     def run(*words: str, resume: Path | None = None, folder: Path = tmp_path, **more: Any) -> Run:
         words = ("--mode", "sync", "--root", str(folder / "runs"), "--replay.directory", str(tmp_path), *words)
-        return train(load_config("pendulum_sac", [*runs.SMALL, *words]), resume=resume, show=lambda *_: None, **more)
+        more.setdefault("show", lambda *_: None)
+        return train(load_config("pendulum_sac", [*runs.SMALL, *words]), resume=resume, **more)
 
     return run
 
@@ -100,14 +102,40 @@ def test_counts_are_those_of_the_rows_and_a_resumed_run_goes_on_with_them(sync: 
     assert counts["version"] > runs.head_counts(before)["version"]
 
 
-def test_a_run_is_not_resumed_with_another_number_of_shards(sync: Trained) -> None:
-    run = sync("--replay.shards", "2", "--stop.steps", "300", "--name", "a")
-    config = (run.path / "config.yaml").read_text()
-    with pytest.raises(
-        ValueError, match=r"holds the steps of 2 shards, and replay.shards is 3; resume with --replay.shards 2"
-    ):
-        sync("--replay.shards", "3", "--stop.steps", "400", resume=run.path)
-    assert (run.path / "config.yaml").read_text() == config
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
+def test_a_run_is_resumed_with_another_number_of_shards(sync: Trained, before: int, after: int) -> None:
+    lines: list[str] = []
+    settings = ["--actors.envs", "3", "--learners.updates_per_step", "0.25", "--name", "a"]
+    first = sync(*settings, "--replay.shards", str(before), "--stop.steps", "1500")
+    old = runs.newest_checkpoint(first.path)
+    assert len(list((old / "replay").iterdir())) == before
+    changed = ["--replay.shards", str(after), "--stop.steps", "2200"]
+    second = sync(*settings, *changed, resume=first.path, show=lambda _, line: lines.append(line) if line else None)
+    assert f"replay.shards: saved {before}, now {after} (the current one is used)" in lines
+    new = runs.newest_checkpoint(first.path)
+    assert len(list((new / "replay").iterdir())) == after
+    # No step is lost but those across a lane's cut, of which there may be one for each lane.
+    items, _ = runs.recount(new)
+    assert second.summary["steps"] - 3 <= items <= second.summary["steps"]
+    counts = runs.head_counts(new)
+    assert counts["sampled"] == 32 * counts["updates"]
+    ahead = counts["sampled"] / (0.25 * 32) - (counts["env_steps"] - 200)  # in steps
+    assert abs(ahead) <= RunFolder.open(second.path).config.error_buffer + 3
+
+
+def test_a_checkpoint_links_to_the_steps_of_the_one_before_and_outlives_it(sync: Trained) -> None:
+    run = sync(
+        "--replay.segment_steps", "64", "--actors.envs", "3", "--learners.updates_per_step", "0.1", "--name", "a",
+        "--eval.every", "400", "--eval.episodes", "1", "--stop.steps", "1500", "--checkpoints.keep", "9",
+    )  # fmt: skip
+    first, *_, last = sorted((run.path / "checkpoints").iterdir())
+    files = {path.name: path.stat().st_ino for path in (first / "replay").rglob("rows-*")}
+    again = {path.name: path.stat().st_ino for path in (last / "replay").rglob("rows-*")}
+    assert files.items() <= again.items()
+    assert files
+    assert len(again) > len(files)
+    shutil.rmtree(first)
+    assert verify(last).env_steps == run.summary["steps"] == runs.recount(last)[0]
 
 
 def test_a_run_ends_by_the_clock_or_when_it_is_solved(sync: Trained) -> None:

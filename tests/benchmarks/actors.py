@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import envpool
@@ -20,6 +21,7 @@ from configs.schema import RunConfig
 from learners.policy import SquashedGaussianPolicy
 from learners.sac import Sac
 from replay.process import ShardProcess
+from replay.security import flight_client
 from replay.shard import ShardSpec
 from replay.writers import FlightWriter
 from tests.benchmarks import run_child
@@ -55,9 +57,6 @@ def _measure(config: RunConfig, seconds: float) -> dict[str, Any]:
         index=0,
         capacity=config.replay.capacity,
         segment_steps=config.replay.segment_steps,
-        samples_per_insert=1.0,
-        min_size=config.replay.capacity,  # nobody samples, so nobody may be waited for
-        error_buffer=1e15,
         seed=config.seed,
         directory=config.replay.directory,
     )
@@ -75,7 +74,12 @@ def _measure(config: RunConfig, seconds: float) -> dict[str, Any]:
         rollout = Rollout(
             env,
             policy,
-            FlightWriter(shard.address, schema),
+            FlightWriter(
+                shard.address,
+                schema,
+                message_rows=config.actors.rows_per_write,
+                connect=partial(flight_client, security=shard.security),
+            ),
             random_steps=0,
             rows_per_write=config.actors.rows_per_write,
             write_every_s=config.actors.write_every_s,

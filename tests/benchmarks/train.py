@@ -90,16 +90,18 @@ def _alone(config: RunConfig, seconds: float) -> dict[str, Any]:
     from actors.envs import check_env
     from cluster import parts
     from learners.loop import LearnerLoop, set_threads
+    from replay.layout import Layout, TableSpec
     from replay.limiter import RateLimiter
+    from replay.rate_limit import RateLimit
     from replay.samplers import CallSource, Sampler
     from replay.shard import Shard
     from replay.writers import CallWriter
 
     set_threads(config.learners.cpus, config.learners.threads)
     schema = check_env(config.env)
-    limiter = RateLimiter(samples_per_insert=config.samples_per_insert, min_size=1, error_buffer=1e15)
-    capacity = min(config.replay.capacity, 100_000)
-    shard = Shard(schema, limiter, index=0, capacity=capacity, segment_steps=config.replay.segment_steps, seed=0)
+    capacity, steps = min(config.replay.capacity, 100_000), config.replay.segment_steps
+    layout = Layout(schema, capacity // steps, steps, (TableSpec(parts.TABLE),))
+    shard = Shard(layout, {parts.TABLE: RateLimiter(RateLimit.from_min_size(1))}, index=0, seed=0)
     rng = np.random.default_rng(0)
     writer = CallWriter(shard)
     lanes = np.arange(64, dtype=np.int32)
@@ -111,7 +113,13 @@ def _alone(config: RunConfig, seconds: float) -> dict[str, Any]:
         writer.append(lanes, rows)
     loop = LearnerLoop(
         parts.make_algorithm(config, schema, incarnation=0),
-        Sampler([CallSource(shard, horizon=config.algorithm.n_step)], batch_size=config.learners.batch_size, seed=0),
+        Sampler(
+            [CallSource(shard, window=parts.window(config))],
+            schema,
+            window=parts.window(config),
+            batch_size=config.learners.batch_size,
+            seed=0,
+        ),
         publish=lambda version, data: None,
         publish_every=config.learners.publish_every,
         prefetch=2,
