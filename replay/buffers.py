@@ -12,7 +12,7 @@ _SPARE = 64
 def buffers(schema: StepSchema, window: Window, batch: int) -> WindowBatch:
     """Room for a batch of windows, to be filled again and again."""
     steps = schema.packed if window.observations == "all" else schema.rest
-    distinct = window.distinct_frames and bool(schema.large)
+    distinct = window.stack_on_device and bool(schema.large)
     # Windows drawn again in place of overwritten ones bring frames of their own.
     frames = (batch + _SPARE) * window.observed * window.stack
     shape = (frames,) if distinct else (batch, window.observed, window.stack)

@@ -188,14 +188,14 @@ class Window:
     observations: `all` steps' observations, or only the `ends`: the item's and the one after the window (for chunks, whose
         critic sees the first observation, all actions and rewards, and bootstraps from the last).
     stack: frames per large field, the newest last; a frame before the episode's start repeats its first.
-    distinct_frames: deliver each distinct frame of a batch once, and an index that stacks them (on the learner's device).
+    stack_on_device: deliver each distinct frame of a batch once, and an index that stacks them (on the learner's device).
     """
 
     length: int = 1
     burn_in: int = 0
     observations: Literal["all", "ends"] = "all"
     stack: int = 1
-    distinct_frames: bool = False
+    stack_on_device: bool = False
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.burn_in < 0 or self.stack < 1 or self.observations not in ("all", "ends"):
@@ -206,7 +206,7 @@ class Window:
         Raises:
             SchemaError: frames are to be stacked and the schema has no large fields.
         """
-        if (self.stack > 1 or self.distinct_frames) and not schema.large:
+        if (self.stack > 1 or self.stack_on_device) and not schema.large:
             raise SchemaError(f"expected a field of frames (≥ {LARGE_BYTES} bytes) to stack, received {schema}")
 
     @property
@@ -231,7 +231,7 @@ class WindowBatch:
         `ends`, else None.
     length: int32 (batch,): transitions in the window, 1 … horizon.
     burn_in: int32 (batch,): steps before the item that are real, 0 … `Window.burn_in`; None without burn-in.
-    frames: uint8 or other (batch, rows or 2, stack, *shape) for each large field; with `Window.distinct_frames` (n, *shape),
+    frames: uint8 or other (batch, rows or 2, stack, *shape) for each large field; with `Window.stack_on_device` (n, *shape),
         the first `frame_count` in use, to be stacked by `frame_index` int32 (batch, rows or 2, stack).
     item: int64 (batch,): stable item ids, unique over the table's life within a shard.
     shard: int32 (batch,): the shard each item came from.

@@ -58,16 +58,17 @@ from .security import (
 )
 from .shard import Shard, ShardSpec, WriterClosedError
 from .snapshot import SnapshotError, SnapshotStore
+from .tables import Draw
 from .wire import (
     BLOCK,
     CLOSE,
-    ITEMS,
     MAX_BYTES,
     MAX_ROWS,
     PRIORITIES,
     SEQUENCE,
     action,
     column,
+    items_schema,
     rows_from_arrow,
     to_arrow,
     window_schema,
@@ -276,7 +277,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
                 },
             )
             window = _window(wanted["window"], self.shard)
-            self.shard.table(wanted["table"])
+            table = self.shard.table(wanted["table"])
             if not wanted["least"] <= wanted["block"] <= wanted["ahead"]:
                 raise SchemaError(f"expected least ≤ block ≤ ahead, received {wanted}")
             if wanted["stream"] in self._streams:
@@ -284,7 +285,8 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
             schema = window_schema(self.shard.schema, window)
         except (SchemaError, ValueError, OverflowError) as error:
             raise flight.FlightServerError(str(error)) from None
-        schema = schema if wanted["gather"] == "shard" else ITEMS
+        if wanted["gather"] == "reader":
+            schema = items_schema(table.spec.selector)
         return flight.GeneratorStream(schema, self._blocks(context, wanted, window, schema))
 
     def _blocks(
@@ -298,35 +300,37 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         try:
             while not self._closing.is_set() and not context.is_cancelled():
                 room = stream.room(least, _POLL_S)
-                found: tuple[pa.RecordBatch, int] | None = None
-                if room and schema is ITEMS:
-                    found = self._items(name, least, min(most, room))
+                found: tuple[pa.RecordBatch, Draw] | None = None
+                if room and wanted["gather"] == "reader":
+                    found = self._items(name, least, min(most, room), schema)
                 elif room:
                     found = self._windows(name, least, min(most, room), window, schema)
-                block, taken = found or (empty, 0)
+                block, draw = found or (empty, None)
                 stream.sent(block.num_rows)
-                yield block, BLOCK.pack(table.mass, table.items, taken)
+                stamp, probability = (0, 0.0) if draw is None else (draw.taken, float(draw.probability[0]))
+                yield block, BLOCK.pack(table.mass, table.items, stamp, probability)
         finally:
             self._streams.pop(wanted["stream"], None)
             self.shard.unused(name, stream.unused)
 
-    def _items(self, name: str, least: int, most: int) -> tuple[pa.RecordBatch, int] | None:
+    def _items(self, name: str, least: int, most: int, schema: pa.Schema) -> tuple[pa.RecordBatch, Draw] | None:
         draw = self.shard.draw(name, least, most, timeout_s=_POLL_S)
         if draw is None:
             return None
-        n = len(draw)
-        key = draw.probability if draw.key is None else draw.key
-        columns = [column(f.type, array, n) for f, array in zip(ITEMS, (draw.rows, draw.probability, key), strict=True)]
-        return pa.RecordBatch.from_arrays(columns, schema=ITEMS), draw.taken
+        arrays = {"row": draw.rows, "probability": draw.probability}
+        if draw.key is not None:
+            arrays["key"] = draw.key
+        columns = [column(f.type, arrays[f.name], len(draw)) for f in schema]
+        return pa.RecordBatch.from_arrays(columns, schema=schema), draw
 
     def _windows(
         self, name: str, least: int, most: int, window: Window, schema: pa.Schema
-    ) -> tuple[pa.RecordBatch, int] | None:
+    ) -> tuple[pa.RecordBatch, Draw] | None:
         found = self.shard.sample(name, least, most, window, timeout_s=_POLL_S)
         if found is None:
             return None
         draw, batch = found
-        return to_arrow(batch, draw.key, schema), draw.taken
+        return to_arrow(batch, draw.key, schema), draw
 
     def do_action(self, context: Any, request: Any) -> list[bytes]:
         if (queue := _for_queue(request.body)) is not None:
@@ -459,7 +463,7 @@ def _window(found: dict[str, Any], shard: Shard) -> Window:
         "burn_in": range(MOST_STEPS + 1),
         "stack": range(1, MOST_STACK + 1),
         "observations": ("all", "ends"),
-        "distinct_frames": bool,
+        "stack_on_device": bool,
     }
     check_object(found, what="the window of DoGet", required={}, optional=rules)
     window = Window(**found)

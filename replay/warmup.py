@@ -37,7 +37,7 @@ def warm_up() -> float:
     windows = (
         Window(),
         Window(length=3, burn_in=2, observations="ends", stack=4),
-        Window(stack=2, distinct_frames=True),
+        Window(stack=2, stack_on_device=True),
     )
     with tempfile.TemporaryDirectory() as folder:
         file = StorageFile(folder, run="warmup", shard=0, size=layout.size)

@@ -15,7 +15,8 @@ from .buffers import as_bytes
 from .schema import StepSchema, Window, WindowBatch
 
 SEQUENCE = struct.Struct("<q")
-BLOCK = struct.Struct("<dqq")  # of the shard's part of a table: mass, items, stamp of the draw
+# Of the shard's part of a table: mass, items; of the block: stamp of its draw, probability where its items have no own.
+BLOCK = struct.Struct("<dqqd")
 CLOSE = b"close"
 LOST = (pa.ArrowException, flight.FlightError, OSError)  # what Flight raises when the other side is gone
 RETRY_S = 60.0  # how long a lost shard is waited for
@@ -23,8 +24,6 @@ MAX_ROWS = 1_048_576  # rows of one message
 MAX_BYTES = 1 << 30  # bytes of one message
 
 PRIORITIES = pa.schema([("item", pa.int64()), ("priority", pa.float64())])
-# Of items that the reader gathers by itself.
-ITEMS = pa.schema([("row", pa.int64()), ("probability", pa.float64()), ("key", pa.float64())])
 
 
 def window_schema(schema: StepSchema, window: Window) -> pa.Schema:
@@ -46,7 +45,7 @@ def window_schema(schema: StepSchema, window: Window) -> pa.Schema:
     if window.burn_in:
         fields.append(pa.field("burn_in", pa.int32()))
     stacked = window.observed * window.stack
-    distinct = window.distinct_frames and bool(schema.large)
+    distinct = window.stack_on_device and bool(schema.large)
     for f in schema.large:
         one = pa.binary(f.nbytes)
         fields.append(pa.field(f"frames/{f.name}", pa.list_(one) if distinct else pa.binary(stacked * f.nbytes)))
@@ -54,6 +53,16 @@ def window_schema(schema: StepSchema, window: Window) -> pa.Schema:
         fields.append(pa.field("frame_index", pa.list_(pa.int32(), stacked)))
     metadata = {**schema.arrow().metadata, b"millrace.window": json.dumps(asdict(window)).encode()}
     return pa.schema(fields, metadata=metadata)
+
+
+def items_schema(selector: str) -> pa.Schema:
+    """Arrow schema of a block of items that the reader gathers by itself."""
+    fields = [("row", pa.int64())]
+    if selector == "prioritised":
+        fields.append(("probability", pa.float64()))
+    elif selector != "uniform":
+        fields.append(("key", pa.float64()))
+    return pa.schema(fields)
 
 
 def window_bytes(schema: StepSchema, window: Window) -> int:

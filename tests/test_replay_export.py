@@ -409,7 +409,7 @@ def test_each_source_gives_its_share_and_gets_its_priorities(reuse: bool) -> Non
     assert prior.closed
 
 
-def test_distinct_frames_of_all_sources_are_counted_through() -> None:
+def test_stack_on_device_of_all_sources_are_counted_through() -> None:
     class Distinct(Numbers):
         def sample(self, timeout_s: float, out: WindowBatch | None = None) -> WindowBatch:
             assert out is None

@@ -16,8 +16,9 @@ import pytest
 from replay.layout import TableSpec
 from replay.process import ShardProcess
 from replay.rate_limit import RateLimit
-from replay.samplers import Sampler, Transport, stream_sampler
+from replay.samplers import Sampler, stream_sampler
 from replay.schema import Window, WindowBatch
+from replay.streams import Transport
 from replay.writers import FlightWriter
 
 from .shards_for_tests import (
@@ -423,7 +424,7 @@ def test_samples_per_insert_hold_for_the_table_as_a_whole(memory: Path) -> None:
         real = count("inserted")
         assert real <= inserted <= real + 3 + leases + 30  # newest steps of three lanes, leases, messages on their way
         sampler.close()
-        wait_until(lambda: count("sampled") == used)
+        wait_until(lambda: used <= count("sampled") < used + 24)  # a batch may have been begun when the time was over
         for writer in writers:
             writer.close()
 

@@ -484,7 +484,7 @@ def test_damaged_requests_do_not_kill_a_shard(shard: Child, seed: int) -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, 2, 1.5, 10**9, 2**40, 2**63, 10**30, "all", None, [], True])
-@pytest.mark.parametrize("key", ["length", "burn_in", "stack", "observations", "distinct_frames"])
+@pytest.mark.parametrize("key", ["length", "burn_in", "stack", "observations", "stack_on_device"])
 def test_no_window_kills_a_shard(shard: Child, key: str, value: object) -> None:
     ticket = {**SHARD_TICKET, "window": {"length": 2, key: value}}
     told(shard.get(protobuf(1, json.dumps(ticket).encode())))

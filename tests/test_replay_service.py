@@ -29,11 +29,12 @@ from replay.files import StorageFile, leftovers, map_for_reading
 from replay.layout import TableSpec
 from replay.process import ShardProcess
 from replay.rate_limit import RateLimit
-from replay.samplers import Sampler, StreamSource, Transport, stream_sampler
+from replay.samplers import Sampler, stream_sampler
 from replay.schema import Field, SchemaError, StepSchema, Window, WindowBatch
 from replay.security import Security, grpc_channel, new_token
 from replay.server import ShardServer
 from replay.shard import ShardSpec
+from replay.streams import StreamSource, Transport
 from replay.wire import SEQUENCE
 from replay.writers import FlightWriter
 
@@ -216,7 +217,7 @@ WINDOWS = (
     Window(length=3, burn_in=4),
     Window(stack=4),
     Window(length=4, stack=3, observations="ends"),
-    Window(length=2, burn_in=2, stack=2, distinct_frames=True),
+    Window(length=2, burn_in=2, stack=2, stack_on_device=True),
 )
 
 

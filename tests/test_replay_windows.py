@@ -75,7 +75,7 @@ def histories(draw: st.DrawFn, *, frames: bool, drops: bool) -> History:
         burn_in=st.integers(0, 4),
         observations=st.sampled_from(["all", "ends"]),
         stack=st.integers(1, stack),
-        distinct_frames=st.booleans() if frames else st.just(False),
+        stack_on_device=st.booleans() if frames else st.just(False),
     )
     operation = st.one_of(
         st.builds(Write, st.lists(pieces, min_size=1, max_size=4)),
@@ -231,9 +231,9 @@ def test_frames_are_stacked_within_their_episode() -> None:
     ]
 
 
-def test_distinct_frames_are_delivered_once_also_where_a_batch_is_put_together_from_two_reads() -> None:
+def test_stack_on_device_are_delivered_once_also_where_a_batch_is_put_together_from_two_reads() -> None:
     recorder = one_lane([9, 1], frames=True, history=2)
-    window = Window(2, stack=3, distinct_frames=True)
+    window = Window(2, stack=3, stack_on_device=True)
     items = recorder.rows_of_items(0)
     batch = buffers(FRAMES, window, len(items))
     reader = WindowReader(recorder.storage.layout, recorder.storage.arrays, window)
@@ -267,7 +267,7 @@ def test_windows_that_make_no_sense_are_refused(wrong: dict[str, object]) -> Non
         Window(**wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("window", [Window(stack=2), Window(distinct_frames=True)])
+@pytest.mark.parametrize("window", [Window(stack=2), Window(stack_on_device=True)])
 def test_small_fields_are_not_stacked(window: Window) -> None:
     recorder = one_lane([3, 1])
     with pytest.raises(SchemaError, match=r"expected a field of frames \(≥ 4096 bytes\) to stack"):
@@ -286,7 +286,7 @@ CYCLE = EPISODE * LANES_WRITTEN * 20  # numbers begin again, long after those of
         Window(5, burn_in=2),
         Window(3, observations="ends"),
         Window(2, burn_in=1, stack=4),
-        Window(2, stack=3, distinct_frames=True),
+        Window(2, stack=3, stack_on_device=True),
     ],
     ids=str,
 )

@@ -136,7 +136,7 @@ def run_table(cases: Sequence[Case], options: Options) -> Iterator[dict[str, Any
                 "seconds": options.seconds,
                 "batches_ahead": options.batches_ahead(case),
             }
-            program |= {"distinct_frames": case.how == "distinct frames", "writer_rows_per_s": options.pace(case)}
+            program |= {"stack_on_device": case.how == "distinct frames", "writer_rows_per_s": options.pace(case)}
             try:
                 found = _run_case(case, program)
             except RuntimeError as error:  # the others can still be measured

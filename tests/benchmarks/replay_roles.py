@@ -119,7 +119,7 @@ def _read(case: dict[str, Any]) -> dict[str, Any]:
         batch_size=batch_size,
         seed=3,
         security=Security(case["token"]),
-        window=Window(length=1, stack=STACK if framed else 1, distinct_frames=case["distinct_frames"]),
+        window=Window(length=1, stack=STACK if framed else 1, stack_on_device=case["stack_on_device"]),
         table=TableSpec(name=TABLE, selector=case["selector"]),
         prefetch=case["batches_ahead"],
         transport=case["transport"],
