@@ -89,30 +89,23 @@ class ShardWorker:
         recover: take over that storage, if it is there and whole.
         others: statuses of the other shards; set on shard 0 where they are serving already, for the limiter's counters.
         """
-        from replay.storage import StorageError
-
         host = ray.util.get_node_ip_address() if self._spec.host == "node" else self._spec.host
         self._spec = replace(self._spec, limiter_address=limiter_address, host=host, port=port)
-        damage = ""
         prepare = partial(self._prepare, checkpoint=checkpoint, others=others)
-        try:
-            self._server = self._serve(prepare, recover)
-        except StorageError as error:
-            damage = str(error)
-            self._server = self._serve(prepare, recover=False)
+        self._server = self._serve(prepare, recover)
         return {
             "address": self._server.address,
             "port": self._server.port,
             "status": self.status(),
             "recovered": self._server.shard.recovered,
-            "damage": damage,
+            "damage": self._server.damage,
             "process": {**_process(), "health": self._server.health_address},
         }
 
     def _serve(self, prepare: Callable[[Shard], None], recover: bool) -> ShardServer:
         from replay.server import ShardServer
 
-        return ShardServer(self._spec, self._security, recover=recover, prepare=prepare)
+        return ShardServer(self._spec, self._security, recover=recover, afresh_if_damaged=recover, prepare=prepare)
 
     def _prepare(self, shard: Shard, *, checkpoint: str | None, others: Sequence[dict[str, Any]] | None) -> None:
         if checkpoint is not None and not shard.recovered:

@@ -252,6 +252,12 @@ def _import(chosen: argparse.Namespace) -> dict[str, Any]:
 
     mapped = dict(_pair(text) for text in chosen.map)
     files = files_of(chosen.files)
+    if (Path(chosen.into) / "config.yaml").is_file():
+        raise ValueError(
+            f"{chosen.into} is a training run, whose steps decide its updates and its end: imported ones would count as its "
+            "own. Import into a snapshot or into a service of its own, and mix both (replay.mixing); name the shards' addresses "
+            "where you want it all the same"
+        )
     service = _service(chosen.into, chosen)
     if service is not None:
         schema = StepSchema.from_json(service.ask("describe")[0]["schema"])
@@ -259,8 +265,6 @@ def _import(chosen: argparse.Namespace) -> dict[str, Any]:
         connect = partial(FlightWriter, schema=schema, message_rows=MESSAGE_ROWS, connect=service.connect)
         done = import_into_service(chunks, [connect(address) for address in service.addresses])
         return {"into": chosen.into, "kind": "service", **vars(done)}
-    if (Path(chosen.into) / "config.yaml").is_file():
-        raise ValueError(f"{chosen.into} is a run that is not going; import into a snapshot, or while it is going")
     store = SnapshotStore(chosen.into)
     there = store.latest(shards[0]) if (shards := store.shards()) else None
     schema = infer_schema(files[0], mapped) if there is None else there.schema

@@ -471,6 +471,75 @@ def count_items(
 
 
 @kernel
+def open_row(lane: int, packed: np.ndarray, segments: np.ndarray, lanes: np.ndarray, last_byte: int, steps: int) -> int:
+    """The newest row of a lane, unless it ends an episode or is gone: then NONE."""
+    newest, segment = lanes[NEWEST, lane], lanes[SEGMENT, lane]
+    if newest == NONE or packed[newest, last_byte] != 0:
+        return NONE
+    if newest // steps != segment and segments[NEXT, newest // steps] != segment:
+        return NONE  # recycled after a crash, before the lane had written to its new segment
+    return int(newest)
+
+
+@kernel
+def count_open(
+    first: np.ndarray,
+    last: np.ndarray,
+    lane_of: np.ndarray,
+    begin: int,
+    packed: np.ndarray,
+    segments: np.ndarray,
+    lanes: np.ndarray,
+    last_byte: int,
+    seen: np.ndarray,
+    stamp: int,
+) -> tuple[int, int]:
+    """(Rows from `begin` on that end no episode, NONE), or (0, the row that begins one though the lane's is not ended).
+
+    first, last: uint8 (n,), of each row; seen: int64 (lanes,) scratch, kept between calls, of values below `stamp`, which
+    grows by n with each call: so nothing has to be cleared.
+    """
+    steps = packed.shape[0] // segments.shape[1]
+    n = len(first)
+    starts = np.empty(64, np.int64)
+    count = found = 0
+    for row in range(begin, n):
+        count += last[row] == 0
+        if first[row] != 0:
+            if found < len(starts):
+                starts[found] = row
+            found += 1
+    # From each beginning back, looking at n rows at most; where there are many, one way forward is shorter.
+    budget = n if found <= len(starts) else -1
+    for k in range(found if budget >= 0 else 0):
+        row, lane = starts[k], lane_of[starts[k]]
+        before = row - 1
+        while before >= begin and lane_of[before] != lane:
+            before -= 1
+        budget -= row - before
+        if budget < 0:
+            break
+        if before >= begin:
+            if last[before] == 0:
+                return 0, row
+        elif open_row(lane, packed, segments, lanes, last_byte, steps) != NONE:
+            return 0, row
+    if budget >= 0:
+        return count, NONE
+    for row in range(begin, n):
+        lane = lane_of[row]
+        if first[row] != 0:
+            before = seen[lane] - stamp
+            if before >= 0:
+                if last[before] == 0:
+                    return 0, row
+            elif open_row(lane, packed, segments, lanes, last_byte, steps) != NONE:
+                return 0, row
+        seen[lane] = stamp + row
+    return count, NONE
+
+
+@kernel
 def drop_unstackable(
     packed: np.ndarray, flags: np.ndarray, segments: np.ndarray, first_byte: int, history: int
 ) -> None:

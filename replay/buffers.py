@@ -6,15 +6,13 @@ import numpy as np
 
 from .schema import StepSchema, Window, WindowBatch
 
-_SPARE = 64
-
 
 def buffers(schema: StepSchema, window: Window, batch: int) -> WindowBatch:
     """Room for a batch of windows, to be filled again and again."""
     steps = schema.packed if window.observations == "all" else schema.rest
     distinct = window.stack_on_device and bool(schema.large)
-    # Windows drawn again in place of overwritten ones bring frames of their own.
-    frames = (batch + _SPARE) * window.observed * window.stack
+    # Windows drawn in place of overwritten ones bring frames of their own, each of a batch once at most.
+    frames = (2 * batch + 1) * window.observed * window.stack
     shape = (frames,) if distinct else (batch, window.observed, window.stack)
     return WindowBatch(
         steps=np.zeros((batch, window.rows), steps),
@@ -25,6 +23,7 @@ def buffers(schema: StepSchema, window: Window, batch: int) -> WindowBatch:
         shard=np.zeros(batch, np.int32),
         probability=np.zeros(batch, np.float64),
         frames={f.name: np.zeros((*shape, *f.shape), f.dtype) for f in schema.large},
+        start=window.burn_in,
         frame_index=np.zeros((batch, window.observed, window.stack), np.int32) if distinct else None,
     )
 

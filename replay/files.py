@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +23,60 @@ def storage_path(directory: str | Path, *, run: str, shard: int, part: str) -> P
     return Path(directory) / f"millrace.{run}.shard{shard}.{part}"
 
 
+def open_locked(path: Path, what: str, advice: str) -> int:
+    """A descriptor of the file at `path`, made if it is not there, which this process alone holds.
+
+    Raises:
+        OSError: the folder is missing, or another process holds the file; told with `what` the file is and `advice`.
+    """
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            text = f"cannot make {what} in {path.parent} ({error.strerror}); {advice}"
+            raise OSError(error.errno, text) from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, fd):
+                return fd
+            os.close(fd)  # whoever held it has removed it meanwhile: what is there now is another file
+        except BlockingIOError as error:
+            os.close(fd)
+            if time.monotonic() >= deadline:
+                text = f"{path} is in use by another process; give this run another name"
+                raise OSError(error.errno, text) from None
+            time.sleep(0.01)  # somebody may just be looking: see `leftovers`
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    """Whether the open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 class StorageFile:
     """A file of fixed size, mapped into memory, that this process holds locked. It outlives the process unless `close` removes it."""
 
     def __init__(
-        self, directory: str | Path, *, run: str, shard: int, size: int, part: str = "steps", keep: bool = False
+        self,
+        directory: str | Path,
+        *,
+        run: str,
+        shard: int,
+        size: int,
+        part: str = "steps",
+        keep: bool = False,
+        marks: Sequence[int] = (0,),
     ) -> None:
         """Reserve `size` bytes under `directory`.
 
         part: what of the shard lies in it.
         keep: take over what a dead process left there, when it has the same size (`found` tells); else it is emptied.
+        marks: offsets of words, one of which at least is not 0 in a file that its owner had finished making. One that was
+            killed before it had leaves a file that is not taken over.
 
         Raises:
             OSError: the folder has too little space (ENOSPC, naming the path, what is free and what is needed) or is missing,
@@ -39,21 +84,21 @@ class StorageFile:
         """
         self.path = storage_path(directory, run=run, shard=shard, part=part)
         self.size = size
-        self._open(directory)
+        self._open()
         found = os.fstat(self._fd).st_size
-        self.found = keep and found == size
+        self.found = keep and found == size and any(any(os.pread(self._fd, 8, at)) for at in marks)
         if found and not self.found:
             # Not emptied but replaced: somebody may still have the old one mapped.
-            self.path.unlink()
+            self.path.unlink(missing_ok=True)
             os.close(self._fd)
-            self._open(directory)
+            self._open()
         try:
             # Pages of a sparse file are found missing only when they are touched, as a SIGBUS; this finds it now.
             os.posix_fallocate(self._fd, 0, size)
             self._map = mmap.mmap(self._fd, size)
         except OSError as error:
             free = os.statvfs(directory)
-            os.unlink(self.path)
+            self.path.unlink(missing_ok=True)
             os.close(self._fd)
             if error.errno not in (errno.ENOSPC, errno.EFBIG):
                 raise
@@ -64,25 +109,8 @@ class StorageFile:
                 f"`millrace clean` lists (Ray's object store lives in /dev/shm too)",
             ) from None
 
-    def _open(self, directory: str | Path) -> None:
-        try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise OSError(
-                error.errno, f"cannot make a storage file in {directory} ({error.strerror}); set replay.directory"
-            ) from None
-        deadline = time.monotonic() + LOCK_S
-        while True:
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError as error:
-                if time.monotonic() < deadline:  # somebody may just be looking: see `leftovers`
-                    time.sleep(0.01)
-                    continue
-                os.close(self._fd)
-                text = f"{self.path} is in use by another shard; give this run another name"
-                raise OSError(error.errno, text) from None
+    def _open(self) -> None:
+        self._fd = open_locked(self.path, "a storage file", "set replay.directory")
 
     def array(self) -> np.ndarray:
         """The mapped bytes as uint8 (size,)."""
@@ -131,7 +159,8 @@ def leftovers(directory: str | Path) -> list[Leftover]:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found.append(Leftover(path, match["run"], int(match["shard"]), os.fstat(fd).st_size))
+            if _is_at(path, fd):
+                found.append(Leftover(path, match["run"], int(match["shard"]), os.fstat(fd).st_size))
         except BlockingIOError:
             pass
         finally:

@@ -102,6 +102,7 @@ class RateLimiter:
                 self._add(side, granted)
                 return granted
             place = next((known for known in line if known.who == who and known.until < math.inf), None)
+            fresh = place is None
             if place is None:
                 place = _Place(who, least)
                 line.append(place)
@@ -120,7 +121,7 @@ class RateLimiter:
                     left_alone = (other.until for other in line)  # nobody wakes us when such a place lapses
                     self._changed.wait(min(deadline, *left_alone) - now)
             finally:
-                if granted or timeout_s <= 0:  # a mere try holds up nobody
+                if granted or (timeout_s <= 0 and fresh):  # a mere try holds up nobody, nor does it give up a place
                     line.remove(place)
                     self._changed.notify_all()
                 else:

@@ -115,7 +115,12 @@ def rows(batch: WindowBatch, begin: int, end: int) -> WindowBatch:
 
 def _join(parts: Sequence[WindowBatch], size: int, out: WindowBatch | None) -> WindowBatch:
     """One batch of several, in `out` where that is given; what lies there already is not copied."""
-    found: dict[str, Any] = {"size": size, "frames": {}, "frame_count": sum(part.frame_count for part in parts)}
+    found: dict[str, Any] = {
+        "size": size,
+        "start": parts[0].start,
+        "frames": {},
+        "frame_count": sum(part.frame_count for part in parts),
+    }
     for name in _PARTS:
         if name in found:
             continue

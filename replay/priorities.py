@@ -42,6 +42,7 @@ class PriorityWriter:
 
         Raises:
             flight.FlightError: the shard refused earlier ones.
+            Exception: what else ended the sending.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._count < _MOST or self._error is not None)
@@ -65,6 +66,14 @@ class PriorityWriter:
         self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
+        try:
+            self._send_all()
+        except Exception as error:  # or `put` would wait for this thread for ever
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _send_all(self) -> None:
         while self._error is None:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing)

@@ -23,7 +23,6 @@ import json
 import mmap
 import os
 import struct
-import time
 import zlib
 from collections import deque
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 
 from .faults import fault
+from .files import open_locked
 
 ALIGN = 64  # bytes; Arrow reads buffers so aligned without a copy
 PAGE = 4096
@@ -45,7 +45,6 @@ _IDENTITY, _CURRENT, _SLOT, _SLOT_STEP = 64, 256, 512, 512
 _HEAD = struct.Struct("<IIqqIIqQ")  # checksum, kind, number, size, bytes of meta, 0, bytes of payload, position
 _COMMIT = struct.Struct(f"<qqq{COUNTERS}q")
 _CHECKSUM = struct.Struct("<I")
-_LOCK_S = 1.0  # how long a file held by somebody else is waited for
 
 
 class LogError(ValueError):
@@ -97,7 +96,7 @@ class RingLog:
         self.begin = self.end = 0
         self._committed_begin = 0
         self._commits = 0
-        self._fd = self._open()
+        self._fd = open_locked(self.path, "a queue's file", "choose another directory")
         try:
             self._reserve()
             self._map = mmap.mmap(self._fd, PAGE + self.size)
@@ -109,24 +108,6 @@ class RingLog:
             raise
 
     # ------------------------------------------------------------------- file
-
-    def _open(self) -> int:
-        try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            text = f"cannot make a queue's file in {self.path.parent} ({error.strerror}); choose another directory"
-            raise OSError(error.errno, text) from None
-        deadline = time.monotonic() + _LOCK_S
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return fd
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    os.close(fd)
-                    text = f"{self.path} is in use by another process; give this run another name"
-                    raise OSError(error.errno, text) from None
-                time.sleep(0.01)
 
     def _reserve(self) -> None:
         wanted, found = PAGE + self.size, os.fstat(self._fd).st_size

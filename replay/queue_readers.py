@@ -114,7 +114,7 @@ class QueueReader:
         name: tells this reader from every other alive; None makes one up.
         """
         self.max_policy_lag: int | None = None
-        self.waiting = 0
+        self.waiting = 1  # until the shard has told: its groups may be the oldest
         self._address = address
         self._schema = schema.remove_metadata()
         self._retry_s = retry_s

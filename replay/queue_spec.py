@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -50,6 +51,10 @@ class QueueSpec:
     was given goes to others."""
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w+", self.name):  # it is part of a file's name
+            raise ValueError(
+                f"the name of a queue: expected letters, digits and underscores, received {self.name!r}; rename it"
+            )
         object.__setattr__(self, "schema", self.schema.remove_metadata())
         _check_schema(self.schema, self.group_size)
         for name in ("capacity_bytes", "capacity_rows", "times_sampled", "lease_s"):

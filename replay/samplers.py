@@ -82,8 +82,13 @@ class CallSource:
         return self._shard.best_keys(self._table.spec.name, count)
 
     def take(self, count: int, out: WindowBatch, at: int, timeout_s: float) -> bool:
-        name = self._table.spec.name
-        return self._shard.sample(name, count, count, self._window, timeout_s=timeout_s, out=out, at=at) is not None
+        name, frames = self._table.spec.name, out.frame_count
+        found = self._shard.sample(name, count, count, self._window, timeout_s=timeout_s, out=out, at=at)
+        if found is not None and len(found[0]) < count:  # the others may not be drawn: used up, or without mass
+            self._shard.unused(name, len(found[0]))
+            out.frame_count = frames
+            return False
+        return found is not None
 
     def skip(self) -> None:
         pass
@@ -139,6 +144,8 @@ class Sampler:
         Raises:
             TimeoutError: the shards had no windows to give, or were not allowed to, within `timeout_s`.
         """
+        if len(self._sources) == 1 and self._best_first is None:
+            return self._sample_one(self.buffers() if out is None else out, timeout_s)
         deadline = time.monotonic() + timeout_s
         if self._out is None:
             self._begin(self.buffers() if out is None else out, deadline)
@@ -165,6 +172,15 @@ class Sampler:
                 source.skip()
         self._out = None
         return batch
+
+    def _sample_one(self, out: WindowBatch, timeout_s: float) -> WindowBatch:
+        """The next batch of the only shard, at random: the way that has to be short."""
+        source = self._sources[0]
+        out.frame_count = 0
+        if not source.take(self._batch_size, out, 0, timeout_s):
+            raise TimeoutError(f"shard 0 gave no windows within {timeout_s:g} s")
+        out.size = source.items
+        return out
 
     def _begin(self, out: WindowBatch, deadline: float) -> None:
         """Decide how many windows of a batch come from which shard."""

@@ -222,7 +222,7 @@ class Window:
 
 @dataclass
 class WindowBatch:
-    """A batch of windows, as the learner gets it. With `start` the column of the item itself, which is the burn-in's length:
+    """A batch of windows, as the learner gets it. With `start` the column of the item itself, `Window.burn_in`:
 
     steps: structured (batch, rows), rows = burn-in + horizon + 1. Column `start` is the item, column start + `length` the
         row with the observation after the window; columns beyond repeat it, columns before the burn-in repeat its first.
@@ -250,6 +250,7 @@ class WindowBatch:
     frames: dict[str, np.ndarray] = field(default_factory=dict)
     frame_index: np.ndarray | None = None
     frame_count: int = 0
+    start: int = 0
     _raw: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def raw(self, name: str) -> np.ndarray:
@@ -263,16 +264,17 @@ class WindowBatch:
     def __len__(self) -> int:
         return len(self.length)
 
-    def mask(self, start: int = 0) -> np.ndarray:
-        """Which columns are transitions of the window: bool (batch, rows − 1), burn-in included; `start` is the burn-in's length."""
-        column = np.arange(self.steps.shape[1] - 1) - start
+    def mask(self) -> np.ndarray:
+        """Which columns are transitions of the window: bool (batch, rows − 1), burn-in included."""
+        column = np.arange(self.steps.shape[1] - 1) - self.start
         first = 0 if self.burn_in is None else -self.burn_in[:, None]
         mask: np.ndarray = (column >= first) & (column < self.length[:, None])
         return mask
 
-    def returns(self, discount: float, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def returns(self, discount: float) -> tuple[np.ndarray, np.ndarray]:
         """Discounted reward of each window and the discount of its bootstrap: Σ γ^k r_k over k < length, and γ^length,
         0 where the row after the window is terminal. Both float32 (batch,)."""
+        start = self.start
         horizon = self.steps.shape[1] - 1 - start
         weights = np.power(discount, np.arange(horizon))
         reward = np.where(

@@ -24,7 +24,7 @@ import json
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -58,6 +58,7 @@ from .security import (
 )
 from .shard import Shard, ShardSpec, WriterClosedError
 from .snapshot import SnapshotError, SnapshotStore
+from .storage import StorageError
 from .tables import Draw
 from .wire import (
     BLOCK,
@@ -71,6 +72,7 @@ from .wire import (
     items_schema,
     rows_from_arrow,
     to_arrow,
+    window_bytes,
     window_schema,
 )
 
@@ -123,16 +125,19 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         security: Security,
         *,
         recover: bool = False,
+        afresh_if_damaged: bool = False,
         prepare: Callable[[Shard], None] | None = None,
     ) -> None:
         """
         security: what callers must show.
         recover: take over the storage of the shard of the same run and number that has died, if it is there.
+        afresh_if_damaged: where the steps to be recovered are damaged, begin without any (`damage` tells what was found); the
+            queues are recovered all the same.
         prepare: called with the shard before anybody else can reach it, to fill it or to set its limiters.
 
         Raises:
             OSError: too little space for the storage, or the address cannot be bound.
-            StorageError: the storage that is to be recovered is damaged.
+            StorageError: the storage that is to be recovered is damaged, and `afresh_if_damaged` is not set.
             ValueError: the TLS files cannot be used.
         """
         sys.setswitchinterval(_SWITCH_S)
@@ -147,7 +152,14 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
             for table in spec.tables:
                 self._leased[table.name] = _leased(leader, table.name, spec)
             limiters.update(self._leased)
-        self.shard = Shard.from_spec(spec, limiters, recover=recover)
+        self.damage = ""
+        try:
+            self.shard = Shard.from_spec(spec, limiters, recover=recover)
+        except StorageError as error:
+            if not afresh_if_damaged:
+                raise
+            self.damage = str(error)
+            self.shard = Shard.from_spec(spec, limiters)
         if self.shard.recovered:  # what other shards have is told by `restore_limiter`
             for name, leader in self._leaders.items():
                 mine = self.shard.table(name)
@@ -155,6 +167,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         self._streams: dict[str, _Stream] = {}
         self._closing = threading.Event()
         self._opened: dict[str, Queue] = {}
+        found: set[str] = set()  # queues that were there before
         try:
             if prepare is not None:
                 prepare(self.shard)
@@ -162,11 +175,13 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
                 path = storage_path(spec.directory, run=spec.run, shard=spec.index, part=f"queue_{queue.name}")
                 if not recover:
                     path.unlink(missing_ok=True)
+                elif path.exists():
+                    found.add(queue.name)
                 self._opened[queue.name] = Queue(queue, path)
             self._queues = QueueService(self._opened, closing=self._closing)
             self._listen(spec, security)
         except BaseException:
-            self._release(remove=not self.shard.recovered)
+            self._release(steps=not self.shard.recovered, queues=self._opened.keys() - found)
             raise
         threading.Thread(target=self._return_credits, name="credits", daemon=True).start()
 
@@ -184,7 +199,8 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         servicer = health.HealthServicer()
         servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._health)
-        self.health_address = f"{spec.host}:{grpc_listen(self._health, f'{spec.host}:0', security)}"
+        host = flight_location(spec.host, 0, security).partition("://")[2].removesuffix(":0")  # IPv6 in brackets
+        self.health_address = f"{host}:{grpc_listen(self._health, f'{host}:0', security)}"
         self._health.start()
 
     def _return_credits(self) -> None:
@@ -282,6 +298,9 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
                 raise SchemaError(f"expected least ≤ block ≤ ahead, received {wanted}")
             if wanted["stream"] in self._streams:
                 raise SchemaError(f"expected a stream id of its own, received {wanted['stream']!r}, which is in use")
+            most = MAX_BYTES // window_bytes(self.shard.schema, window)
+            if wanted["gather"] == "shard" and wanted["block"] > most:
+                raise SchemaError(f"expected blocks of at most {most} such windows, received block {wanted['block']}")
             schema = window_schema(self.shard.schema, window)
         except (SchemaError, ValueError, OverflowError) as error:
             raise flight.FlightServerError(str(error)) from None
@@ -428,10 +447,11 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         """Set a limiter's counters to the sums over all shards; on shard 0 only."""
         self._leader(table).restore(inserted=inserted, sampled=sampled, removed=inserted - items)
 
-    def _release(self, *, remove: bool) -> None:
-        self.shard.close(remove=remove)
-        for queue in self._opened.values():
-            queue.close(remove=remove)
+    def _release(self, *, steps: bool, queues: Container[str]) -> None:
+        """Let go of the files, and remove that of the steps and those of some queues."""
+        self.shard.close(remove=steps)
+        for name, queue in self._opened.items():
+            queue.close(remove=name in queues)
 
     def close(self, *, remove: bool = True) -> None:
         """Stop serving, and remove the storage file unless told otherwise."""
@@ -439,7 +459,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         for limiter in self._leased.values():
             with suppress(pa.ArrowException, flight.FlightError):
                 limiter.return_unused()
-        self._release(remove=remove)
+        self._release(steps=remove, queues=self._opened if remove else ())
         self._health.stop(grace=None)
         # Flight waits for its streams, and that of an idle writer ends only when the writer does.
         stop = threading.Thread(target=self.shutdown, name="shutdown", daemon=True)
@@ -449,7 +469,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
 
 def _for_queue(command: Any) -> dict[str, Any] | None:
     """A message to the queue tables; None where it is to the tables of steps, or is none at all."""
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError, TypeError, RecursionError):
         found = json.loads(bytes(memoryview(command or b"")[:MAX_JSON_BYTES]))
         if isinstance(found, dict) and "queue" in found:
             return found

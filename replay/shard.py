@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -113,6 +114,21 @@ class FairLock:
         self._lock.release()
 
 
+class _Together:
+    """Context managers that keep no state of their own, entered together; threads share it."""
+
+    def __init__(self, parts: Sequence[AbstractContextManager[None]]) -> None:
+        self._parts = parts
+
+    def __enter__(self) -> None:
+        for part in self._parts:
+            part.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        for part in self._parts:
+            part.__exit__(None, None, None)
+
+
 @dataclass
 class _Writer:
     slot: int
@@ -165,6 +181,8 @@ class Shard:
         }
         self._storage.told()
         self._limited = list(self.tables.values())
+        blocks = [table.clock.state("inserting") for table in self._limited]
+        self._inserting = blocks[0] if len(blocks) == 1 else _Together(blocks)
         self._writers: dict[str, _Writer] = {}
         self._closed_writers: set[str] = set()
         self._find_writers()
@@ -183,7 +201,11 @@ class Shard:
             StorageError: what is to be recovered is damaged.
         """
         layout = spec.layout
-        file = StorageFile(spec.directory, run=spec.run, shard=spec.index, size=layout.size, keep=recover)
+        marks = (
+            0,
+            layout.arrays["state"][0] + 8 * kernels.HEAD,
+        )  # the magic, written last, and the first record applied
+        file = StorageFile(spec.directory, run=spec.run, shard=spec.index, size=layout.size, keep=recover, marks=marks)
         try:
             return cls(
                 layout,
@@ -259,7 +281,8 @@ class Shard:
         sequence number was applied before is left out, and True returned.
 
         Raises:
-            SchemaError: the rows' layout or the lane numbers do not fit.
+            SchemaError: the rows' layout or the lane numbers do not fit, a row begins an episode in a lane whose last one
+                has not ended, or the batch is shorter than when a part of it was applied; nothing changed.
             WriterClosedError: the writer is not connected, or its lease has ended.
         """
         with self._lock:
@@ -271,12 +294,18 @@ class Shard:
                 raise SchemaError(f"rows have the layout {rows.dtype}, the table's schema is {self.schema.dtype}")
             if len(lanes) != len(rows):
                 raise SchemaError(f"expected a lane for each row, received {len(lanes)} lanes and {len(rows)} rows")
-            places = self._storage_lanes(known, lanes)
-            wanted = self._storage.count_items(known.slot, sequence, places, rows).tolist()
+            places, opened = self._storage_lanes(known, lanes)
+            try:
+                wanted = self._storage.count_items(known.slot, sequence, places, rows).tolist()
+            except SchemaError:
+                for lane in opened:
+                    self._storage.close_lane(int(known.lanes[lane]))
+                    known.lanes[lane] = NONE
+                raise
         if not self._admit(wanted, timeout_s):
             return False
         try:
-            with self._lock, self._limited[0].clock.state("inserting"):
+            with self._lock, self._inserting:
                 known = self._known(writer)
                 if sequence <= self._storage.last_sequence(known.slot):  # an older stream applied it meanwhile
                     self.duplicates += 1
@@ -316,8 +345,8 @@ class Shard:
             raise WriterClosedError(f"writer {writer} is not connected to shard {self.index}, or its lease has ended")
         return known
 
-    def _storage_lanes(self, writer: _Writer, lanes: np.ndarray) -> np.ndarray:
-        """The storage's lanes for a writer's own, those it uses for the first time opened."""
+    def _storage_lanes(self, writer: _Writer, lanes: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """The storage's lanes for a writer's own, int64 (n,), and those of its own that were opened for it."""
         least, most = int(lanes.min(initial=0)), int(lanes.max(initial=-1))
         if least < 0 or most >= MAX_LANES_PER_WRITER:
             wrong = least if least < 0 else most
@@ -327,19 +356,21 @@ class Shard:
             grown[: len(writer.lanes)] = writer.lanes
             writer.lanes = grown
         mapped: np.ndarray = writer.lanes[lanes]
+        fresh: list[int] = []
         if (mapped == NONE).any():
-            for lane in np.unique(lanes[mapped == NONE]).tolist():
+            fresh = np.unique(lanes[mapped == NONE]).tolist()
+            self._storage.check_lanes(len(fresh))
+            for lane in fresh:
                 writer.lanes[lane] = self._storage.open_lane(writer.slot, lane)
             mapped = writer.lanes[lanes]
-        return mapped
+        return mapped, fresh
 
     def _close_writer(self, writer: str) -> None:
         known = self._writers.pop(writer)
         self._closed_writers.add(writer)
-        cut = self._storage.close_writer(known.slot)
-        for table in self._limited:
-            if cut and table.spec.stride == 1:  # counted as inserts to come, which they will never be
-                table.limiter.give_back("insert", cut)
+        lost = self._storage.coming_items(known.slot).tolist()
+        self._storage.close_writer(known.slot)
+        self._take_back(lost)  # counted as inserts to come, which they will never be
 
     def _end_leases(self) -> None:
         now = time.monotonic()

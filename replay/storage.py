@@ -68,11 +68,13 @@ class SegmentStorage:
         self._first_byte = int(schema.dtype.fields["is_first"][1])  # type: ignore[index]
         self._last_byte = int(schema.dtype.fields["is_last"][1])  # type: ignore[index]
         self._strides = np.array([table.stride for table in layout.tables], np.int64)
+        self._dense = bool((self._strides == 1).all())
         self._sparse = any(table.drops_early for table in layout.tables)
         self._words = self.packed.view(np.uint64)
         self._large_words = self.large.view(np.uint64)
         self._mark = np.full(layout.segments, NONE, np.int64)
-        self._scratch = np.zeros((2, layout.segments), np.int64)
+        self._scratch = np.zeros((3, layout.segments), np.int64)
+        self._stamp = 1
         self._gone = np.empty(64 * (layout.segment_steps + history), np.int64)
         self._fault = np.array(faults.wanted(kernels.FAULTS), np.int64)
         if recover:
@@ -161,6 +163,14 @@ class SegmentStorage:
         lanes = np.flatnonzero(self._lanes[kernels.WRITER, : self.state[kernels.LANES]] == slot)
         return dict(zip(self._lanes[kernels.NUMBER, lanes].tolist(), lanes.tolist(), strict=True))
 
+    def coming_items(self, slot: int) -> np.ndarray:
+        """Items of each table that a writer's newest rows were counted as, and will not be if it ends now; int64 (tables,)."""
+        counts = np.zeros(len(self._strides), np.int64)
+        for lane in self.lanes_of(slot).values():
+            if self._open_row(lane) != NONE:
+                counts += self._lanes[kernels.INDEX, lane] % self._strides == 0
+        return counts
+
     def close_writer(self, slot: int) -> int:
         """End a writer and its lanes. Returns how many episodes were cut, each by a row that will now never be an item."""
         cut = sum(self.close_lane(lane) for lane in self.lanes_of(slot).values())
@@ -175,23 +185,30 @@ class SegmentStorage:
 
     # ------------------------------------------------------------------ lanes
 
+    def check_lanes(self, count: int) -> None:
+        """
+        Raises:
+            SchemaError: with `count` more there would be as many lanes as segments: none would be left to recycle.
+        """
+        lanes = int(self.state[kernels.LANES]) - len(self._free_lanes) + count
+        if lanes > self.layout.segments - 1:
+            raise SchemaError(
+                f"{lanes} lanes write to a shard of {self.layout.segments} segments, which must be fewer than its "
+                "segments; raise replay.capacity or lower replay.segment_steps"
+            )
+
     def open_lane(self, slot: int, number: int) -> int:
         """A lane for a writer's lane `number`.
 
         Raises:
             SchemaError: there are as many lanes as segments: none would be left to recycle.
         """
-        lanes = int(self.state[kernels.LANES])
+        self.check_lanes(1)
         if self._free_lanes:
             lane = self._free_lanes.pop()
-        elif lanes < self.layout.segments - 1:
-            lane = lanes
-            self.state[kernels.LANES] = lanes + 1
         else:
-            raise SchemaError(
-                f"{lanes + 1} lanes write to a shard of {self.layout.segments} segments, which must be fewer than its "
-                "segments; raise replay.capacity or lower replay.segment_steps"
-            )
+            lane = int(self.state[kernels.LANES])
+            self.state[kernels.LANES] = lane + 1
         self._lanes[kernels.NEWEST : kernels.INDEX + 1, lane] = NONE
         self._lanes[kernels.NUMBER, lane] = number
         self._lanes[kernels.WRITER, lane] = slot
@@ -202,12 +219,8 @@ class SegmentStorage:
 
         Returns whether a row was changed so, and will now never be an item.
         """
-        newest, segment = (int(self._lanes[word, lane]) for word in (kernels.NEWEST, kernels.SEGMENT))
-        if newest != NONE and newest // self.layout.segment_steps != segment:
-            before = newest // self.layout.segment_steps
-            if self._segments[kernels.NEXT, before] != segment:
-                newest = NONE  # recycled after a crash, before the lane had written to its new segment
-        cut = newest != NONE and not self.rows["is_last"][newest]
+        newest, segment = self._open_row(lane), int(self._lanes[kernels.SEGMENT, lane])
+        cut = newest != NONE
         if cut:
             row = self.rows[newest]
             row["is_last"], row["is_terminal"], row["reward"] = True, False, 0.0
@@ -219,26 +232,55 @@ class SegmentStorage:
         self._free_lanes.append(lane)
         return cut
 
+    def _open_row(self, lane: int) -> int:
+        """The newest row of a lane, unless it ends an episode or is gone: then NONE."""
+        steps = self.layout.segment_steps
+        return int(append_kernels.open_row(lane, self.packed, self._segments, self._lanes, self._last_byte, steps))
+
     # ---------------------------------------------------------------- writing
 
     def count_items(self, slot: int, sequence: int, lanes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Items of each table that rows not yet applied will make, sooner or later; int64 (tables,)."""
-        begin = self._applied(slot, sequence)
-        if (self._strides == 1).all():
-            count = len(rows) - begin - np.count_nonzero(rows["is_last"][begin:])
+        """Items of each table that rows not yet applied will make, sooner or later; int64 (tables,).
+
+        Raises:
+            SchemaError: a row begins an episode before the one before it in its lane has ended, or more rows of the batch
+                are applied than there are; nothing changed.
+        """
+        begin = self._applied(slot, sequence, len(rows))
+        index, seen, stamps = self._scratch
+        first, last = rows["is_first"].view(np.uint8), rows["is_last"].view(np.uint8)
+        count, wrong = append_kernels.count_open(
+            first, last, lanes, begin, self.packed, self._segments, self._lanes, self._last_byte, stamps, self._stamp
+        )
+        self._stamp += len(rows)
+        if wrong != NONE:
+            raise SchemaError(
+                f"expected is_last before is_first in every lane; row {wrong} of the batch begins an episode, and the row "
+                f"before it in its lane (number {self._lanes[kernels.NUMBER, lanes[wrong]]}) ended none"
+            )
+        if self._dense:
             return np.full(len(self._strides), count, np.int64)
         counts = np.zeros(len(self._strides), np.int64)
-        index, seen = self._scratch
         source = rows.view(np.uint8).reshape(len(rows), -1)
         append_kernels.count_items(
             source, lanes, begin, self._lanes, self._strides, index, seen, self._first_byte, self._last_byte, counts
         )
         return counts
 
-    def _applied(self, slot: int, sequence: int) -> int:
-        """Rows of a writer's batch that are applied already: a crash may have come in the middle of it."""
+    def _applied(self, slot: int, sequence: int, count: int) -> int:
+        """Rows of a writer's batch of `count` that are applied already: a crash may have come in the middle of it.
+
+        Raises:
+            SchemaError: it was a longer batch then.
+        """
         following = self._writers[kernels.SEQUENCE_DONE, slot] + 1 == sequence
-        return int(self._writers[kernels.PARTIAL, slot]) if following else 0
+        done = int(self._writers[kernels.PARTIAL, slot]) if following else 0
+        if 0 < done >= count:
+            raise SchemaError(
+                f"of batch {sequence} {done} rows are applied already and some were left, received {count} rows; send it "
+                "again as it was"
+            )
+        return done
 
     def append(self, slot: int, sequence: int, lanes: np.ndarray, rows: np.ndarray) -> None:
         """Write and commit a writer's batch, what is applied of it already left out.
@@ -247,11 +289,12 @@ class SegmentStorage:
         time order.
 
         Raises:
-            SchemaError: the rows have another layout.
+            SchemaError: the rows have another layout, or more of the batch's rows are applied than there are.
         """
         if rows.dtype != self.layout.schema.dtype:
             raise SchemaError(f"rows have the layout {rows.dtype}, the table's schema is {self.layout.schema.dtype}")
-        done, n = self._applied(slot, sequence), len(rows)
+        n = len(rows)
+        done = self._applied(slot, sequence, n)
         if n == 0:
             self._writers[kernels.SEQUENCE_DONE, slot] = sequence
             return

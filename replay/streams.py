@@ -63,6 +63,11 @@ class _Stream:
         self.skips_told = 0
         self.reader: WindowReader | None = None  # of the mapped storage
 
+    @property
+    def untold(self) -> int:
+        """Windows used or skipped that the shard does not know of."""
+        return self.used - self.told + self.skipped - self.skips_told
+
     def acknowledge(self) -> None:
         with self._lock, suppress(*LOST):  # the reading thread finds the lost shard and opens a new stream
             used = self.used
@@ -180,6 +185,8 @@ class StreamSource:
                 error: Exception = flight.FlightUnavailableError(f"{self._address} ended the stream")
             except (SchemaError, *LOST) as lost:
                 error = lost
+            except Exception as unexpected:  # or the sampler would wait for this thread for ever
+                error = self.refused = unexpected
             lost_since = lost_since or time.monotonic()
             if isinstance(error, (SchemaError, *REFUSED)):
                 self.refused = error
@@ -303,8 +310,10 @@ class StreamSource:
 
     def take(self, count: int, out: WindowBatch, at: int, timeout_s: float) -> bool:
         """As `Source.take`; raises what `_fill` does, and TimeoutError where nothing comes in place of overwritten windows."""
-        if not self._fill(count, timeout_s):
+        there = self._ready >= count and self._blocks[0].stream is self._opened
+        if not there and not self._fill(count, timeout_s):
             return False
+        frames = out.frame_count
         out.shard[at : at + count] = self._index
         again: list[int] = []  # places of windows that were overwritten before they were read
         while count:
@@ -313,6 +322,7 @@ class StreamSource:
             at, count = at + used, count - used
         while again:
             if not self._fill(1, timeout_s):
+                out.frame_count = frames  # the call that follows begins again
                 raise TimeoutError(f"windows of shard {self._index} were overwritten, and none came in their place")
             if not self._put(1, out, again[-1]):
                 again.pop()
@@ -332,15 +342,17 @@ class StreamSource:
             out.probability[at : at + count] = known
             rows = columns["row"][begin:end]
             bad = reader.read(rows, out, at, out.frame_count, drawn=block.taken).tolist()
-            out.frame_count += reader.distinct
+            if count > 1 or not bad:  # of one overwritten window drawn again, nothing stays
+                out.frame_count += reader.distinct
         block.used = end
         if bad:
             self._drop_overwritten(block)
-        block.stream.used += count
+        block.stream.used += count - len(bad)
+        block.stream.skipped += len(bad)  # nobody got them: the shard takes them back
         self._ready -= count
         if block.used == block.count:
             del self._blocks[0]
-        if block.stream.used - block.stream.told >= self._ack_every:
+        if block.stream.untold >= self._ack_every:
             self._to_acknowledge.set()
         return bad
 
@@ -352,7 +364,7 @@ class StreamSource:
         if gone:
             block.columns = {name: column[block.used :][there] for name, column in block.columns.items()}
             block.used, block.count = 0, len(there) - gone
-            block.stream.used += gone
+            block.stream.skipped += gone
             self._ready -= gone
 
     def update_priorities(self, items: np.ndarray, priorities: np.ndarray) -> None:

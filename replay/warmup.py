@@ -45,7 +45,7 @@ def warm_up() -> float:
         shard.connect("writer")
         for sequence in range(12):
             rows = schema.zeros(_STEPS)
-            rows["is_first"][0] = sequence % 4 == 0
+            rows["is_first"][0], rows["is_last"][-1] = sequence % 4 == 0, sequence % 4 == 3
             shard.insert("writer", sequence, np.zeros(_STEPS, np.int32), rows, timeout_s=1.0)
         for table in tables:
             for window in windows:

@@ -132,8 +132,8 @@ class Reference:
         """Compare the windows of steps with those delivered, but for the places in `bad`."""
         start = window.burn_in
         discount = 0.9
-        masks = batch.mask(start)
-        returns, bootstraps = batch.returns(discount, start)
+        masks = batch.mask()
+        returns, bootstraps = batch.returns(discount)
         for place, number in enumerate(numbers):
             if place in bad:
                 continue

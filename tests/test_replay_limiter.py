@@ -236,6 +236,22 @@ def test_a_large_request_is_not_starved_by_small_ones(turn_s: float) -> None:
     assert limiter.inserted - limiter.sampled <= 10_001
 
 
+def test_who_tries_while_waiting_keeps_its_place() -> None:
+    """A shard tries before it waits, each time: a large request must not go to the end of the line by that."""
+    limiter = RateLimiter(RateLimit.queue(10))
+    assert limiter.acquire("insert", 10, 10, timeout_s=0.0) == 10
+    assert limiter.lease("insert", 9, 9, 0, 0.01, who="large")[0] == 0
+    assert limiter.lease("insert", 1, 1, 0, 0.0, who="passer-by")[0] == 0
+    assert waiting(limiter, "insert") == 1  # a mere try leaves nothing
+    assert limiter.lease("insert", 1, 1, 0, 0.01, who="small")[0] == 0
+    assert limiter.lease("insert", 9, 9, 0, 0.0, who="large")[0] == 0
+    assert [place.who for place in limiter._lines["insert"]] == [("shard", "large"), ("shard", "small")]
+    assert limiter.acquire("sample", 9, 9, timeout_s=0.0) == 9
+    assert limiter.lease("insert", 1, 1, 0, 0.0, who="small")[0] == 0
+    assert limiter.lease("insert", 9, 9, 0, 0.0, who="large")[0] == 9
+    assert [place.who for place in limiter._lines["insert"]] == [("shard", "small")]
+
+
 def test_a_request_that_can_never_be_granted_does_not_stop_the_others() -> None:
     limiter = make_limiter(1.0, min_size=1, error_buffer=20.0)
     stop = threading.Event()

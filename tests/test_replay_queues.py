@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -456,6 +457,10 @@ def test_a_message_that_does_not_fit_is_refused_and_changes_nothing(
         ({"group_size": 8, "max_waiting_rows": 4}, "block forever"),
         ({"max_message_bytes": 1 << 30}, "max_message_bytes"),
         ({"max_policy_lag": -1}, "max_policy_lag"),
+        *(
+            ({"name": name}, r"letters, digits and underscores, received '")
+            for name in ("", "a/b", "../b", "a b", "a\n")
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -520,6 +525,30 @@ def test_a_file_of_another_queue_or_in_use_or_damaged_is_refused(path: Path) -> 
         file.write(b"\xff\xff")
     with pytest.raises(LogError, match="damaged"):
         Queue(make_spec(), path)
+
+
+def test_a_file_removed_while_it_was_waited_for_is_made_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what is then written would lie in a file that nobody finds."""
+    first = Queue(make_spec(), path)
+    monkeypatch.setattr("fcntl.flock", closes_first(first))
+    second = opened(make_spec(), path)
+    assert path.exists()
+    second.connect("w")
+    second.insert("w", 0, whole(0), timeout_s=0.0)
+    second.close(remove=False)
+    assert take(opened(make_spec(), path)) == [0, 1]
+
+
+def closes_first(queue: Queue) -> Callable[[int, int], None]:
+    """`flock` that lets the queue be closed and removed between its caller's opening the file and locking it."""
+    flock = fcntl.flock
+
+    def locked(fd: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX:
+            queue.close(remove=True)
+        flock(fd, operation)
+
+    return locked
 
 
 def test_a_disk_without_room_is_an_error_that_says_what_is_needed(path: Path) -> None:

@@ -491,6 +491,14 @@ def test_no_window_kills_a_shard(shard: Child, key: str, value: object) -> None:
     shard.state()
 
 
+def test_a_request_nested_too_deep_is_refused_as_any_other(shard: Child) -> None:
+    deep = b"[" * 60_000
+    for found in (shard.get(protobuf(1, deep)), shard.act(protobuf(1, b"stats") + protobuf(2, deep))):
+        assert "RecursionError" not in str(found)
+        assert "expected a JSON object" in str(found) or "bytes of JSON" in str(found)
+    shard.state()
+
+
 def test_a_shard_still_takes_good_steps_after_all_that(shard: Child) -> None:
     before = shard.state()["tables"]["steps"]["inserted"]
     answers, error = shard.put(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import json
 import os
@@ -25,15 +26,19 @@ import pyarrow.flight as flight
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from replay import kernels
 from replay.files import StorageFile, leftovers, map_for_reading
 from replay.layout import TableSpec
+from replay.priorities import PriorityWriter
 from replay.process import ShardProcess
+from replay.queue_spec import QueueSpec
 from replay.rate_limit import RateLimit
 from replay.samplers import Sampler, stream_sampler
 from replay.schema import Field, SchemaError, StepSchema, Window, WindowBatch
 from replay.security import Security, grpc_channel, new_token
 from replay.server import ShardServer
 from replay.shard import ShardSpec
+from replay.storage import StorageError
 from replay.streams import StreamSource, Transport
 from replay.wire import SEQUENCE
 from replay.writers import FlightWriter
@@ -1166,7 +1171,7 @@ def test_a_storage_file_in_use_is_not_taken_over(memory: Path) -> None:
     file = StorageFile(memory, run="mine", shard=3, size=1024)
     file.array()[:] = 5
     for keep in (False, True):
-        with pytest.raises(OSError, match="is in use by another shard; give this run another name"):
+        with pytest.raises(OSError, match="is in use by another process; give this run another name"):
             StorageFile(memory, run="mine", shard=3, size=1024, keep=keep)
     assert (file.array() == 5).all()
     assert file.path.exists()
@@ -1206,6 +1211,153 @@ def test_what_a_dead_process_left_is_taken_over_or_replaced_and_never_emptied_un
         with pytest.raises(ValueError, match="read-only"):
             reader[0] = 1
     assert not os.path.exists(fresh.path)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_file_removed_while_it_was_waited_for_is_made_anew(
+    memory: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
+) -> None:
+    """Or two shards would hold one name, and a crash would lose the one whose file has none."""
+    first = StorageFile(memory, run="race", shard=0, size=8192)
+    first.array()[:] = 7
+    flock = fcntl.flock
+
+    def close_first(fd: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX:
+            first.close()
+        flock(fd, operation)
+
+    monkeypatch.setattr("fcntl.flock", close_first)
+    second = StorageFile(memory, run="race", shard=0, size=8192, keep=keep)
+    assert not second.found
+    second.array()[0] = 5
+    assert map_for_reading(second.path)[0] == 5
+    with pytest.raises(OSError, match="is in use"):
+        StorageFile(memory, run="race", shard=0, size=8192, keep=keep)
+    second.close()
+
+
+def test_a_shard_killed_before_its_file_was_made_starts_afresh(memory: Path) -> None:
+    spec = spec_of(memory, run="unmade")
+    file = StorageFile(memory, run="unmade", shard=0, size=spec.layout.size)
+    segments = spec.layout.carve(file.array())["segments"]
+    segments[kernels.NEXT :] = -1  # as far as `SegmentStorage` had come
+    file.close(remove=False)
+    del segments
+    server = ShardServer(spec, SECURITY, recover=True)
+    assert not server.shard.recovered
+    write(writer_to(server.address), checked(SCHEMA, 0, 5))
+    server.close(remove=False)
+    server = ShardServer(spec, SECURITY, recover=True)
+    assert server.shard.recovered
+    assert table_of(server)["items"] == 4
+    path = Path(str(server.shard.path))
+    server.close(remove=False)
+    with path.open("r+b") as damaged:  # one whose steps were acknowledged is never thrown away unasked
+        damaged.write(bytes(8))
+    with pytest.raises(StorageError, match="is no replay storage"):
+        ShardServer(spec, SECURITY, recover=True)
+    path.unlink()
+
+
+# ----------------------------------------------------------- what errors leave
+
+PROMPTS = pa.schema([("group", pa.int64()), ("policy_version", pa.int32())])
+
+
+def with_queue(directory: Path, run: str) -> tuple[ShardSpec, Path, Path]:
+    """A shard's settings, and the files of its steps and its queue as a dead process leaves them, with rows in both."""
+    spec = spec_of(directory, run=run, queues=(QueueSpec(name="prompts", schema=PROMPTS, group_size=1),))
+    server = ShardServer(spec, SECURITY)
+    write(writer_to(server.address), checked(SCHEMA, 0, 5))
+    queue = server._opened["prompts"]
+    queue.connect("w")
+    assert queue.insert("w", 0, pa.record_batch([[1, 2], [0, 0]], schema=PROMPTS), timeout_s=0.0)
+    steps = Path(str(server.shard.path))
+    server.close(remove=False)
+    return spec, steps, steps.with_name(steps.name.replace(".steps", ".queue_prompts"))
+
+
+def waiting_rows(server: ShardServer) -> int:
+    return int(server.stats()["queues"]["prompts"]["waiting_rows"])
+
+
+def test_damaged_steps_begin_afresh_where_told_and_the_queues_stay(memory: Path) -> None:
+    spec, steps, queue = with_queue(memory, "damaged")
+    with steps.open("r+b") as damaged:
+        damaged.write(b"something else")
+    with pytest.raises(StorageError, match="is no replay storage"):
+        ShardServer(spec, SECURITY, recover=True)
+    assert steps.exists()
+    assert queue.exists()
+    server = ShardServer(spec, SECURITY, recover=True, afresh_if_damaged=True)
+    assert server.damage == "the file is no replay storage"
+    assert not server.shard.recovered
+    assert table_of(server)["items"] == 0
+    assert waiting_rows(server) == 2
+    server.close()
+    assert not steps.exists()
+    assert not queue.exists()
+
+
+@pytest.mark.parametrize("lost", ["nothing", "the steps", "the queue"])
+def test_an_error_at_the_start_removes_only_what_was_not_there_before(memory: Path, lost: str) -> None:
+    spec, steps, queue = with_queue(memory, lost.replace(" ", "_"))
+    gone = {"nothing": None, "the steps": steps, "the queue": queue}[lost]
+    if gone is not None:
+        gone.unlink()
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="cannot listen on"):
+        ShardServer(replace(spec, port=taken.getsockname()[1]), SECURITY, recover=True)
+    assert [path.exists() for path in (steps, queue)] == [path != gone for path in (steps, queue)]
+    server = ShardServer(spec, SECURITY, recover=True)
+    assert table_of(server)["items"] == (0 if lost == "the steps" else 4)
+    assert waiting_rows(server) == (0 if lost == "the queue" else 2)
+    server.close()
+
+
+def test_a_shard_listens_on_an_address_of_version_6(memory: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this host has no ::1")
+    with served(memory, run="v6", host="::1") as server:
+        assert server.health_address.startswith("[::1]:")
+        write(writer_to(server.address), checked(SCHEMA, 0, 5))
+        assert table_of(server)["items"] == 4
+        with grpc_channel(server.health_address, SECURITY) as channel:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10.0)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_what_ends_the_sending_of_priorities_is_raised_and_not_waited_for() -> None:
+    def connect() -> flight.FlightClient:
+        raise ValueError("the file to trust cannot be read")
+
+    writer = PriorityWriter(connect, "steps")
+    writer.put(np.arange(3), np.ones(3))
+    waiting = threading.Thread(target=writer.flush, daemon=True)
+    waiting.start()
+    waiting.join(timeout=10.0)
+    assert not waiting.is_alive()
+    with pytest.raises(ValueError, match="file to trust"):
+        writer.put(np.arange(3), np.ones(3))
+    writer.close()
+
+
+class Garbled(flight.FlightServerBase):  # type: ignore[misc]
+    """Answers as no shard does."""
+
+    def do_action(self, context: Any, request: Any) -> list[bytes]:
+        return [b"{}"]
+
+
+def test_what_ends_the_reading_of_a_stream_is_raised_and_not_waited_for() -> None:
+    with Garbled("grpc://127.0.0.1:0") as server:
+        source = source_of(f"127.0.0.1:{server.port}")
+        with pytest.raises(KeyError):
+            source.take(4, Sampler([source], SCHEMA, window=Window(), batch_size=4, seed=0).buffers(), 0, 10.0)
+        assert isinstance(source.refused, KeyError)
+        source.close()
 
 
 def test_a_spec_survives_its_line(memory: Path) -> None:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from replay import faults, kernels
 from replay.kernels import NONE
 from replay.layout import MAX_WRITERS, NAME_BYTES, PAGE, Layout, TableSpec, read_header
+from replay.limiter import RateLimiter
+from replay.rate_limit import RateLimit
 from replay.schema import Field, SchemaError, StepSchema, Window
 from replay.shard import WriterClosedError
 from replay.storage import SegmentStorage, StorageError
@@ -271,6 +273,102 @@ def test_rows_that_do_not_fit_are_refused_and_change_nothing(lanes: np.ndarray, 
     assert shard.insert("w", 0, np.zeros(2, np.int32), numbered(2), timeout_s=0.0)
 
 
+def starting(*flags: bool) -> np.ndarray:
+    """Steps that begin an episode where a flag is set."""
+    rows = numbered(len(flags))
+    rows["is_first"] = flags
+    return rows
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("before", "lanes", "starts", "wrong"),
+    [
+        ((), (0, 0, 0), (1, 0, 1), 2),  # in the batch
+        ((0,), (0,), (1,), 0),  # across batches
+        ((0, 1), (1, 0, 2, 1), (0, 0, 1, 1), 3),  # in another lane's rows
+        ((), tuple(range(8)) * 8, (1,) * 8 + (0,) * 55 + (1,), 63),  # after episodes of many lanes began
+        ((), tuple(range(8)) * 2, (1,) * 15 + (0,), 8),
+    ],
+)
+def test_an_episode_that_begins_before_the_last_one_ended_is_refused(
+    stride: int, before: tuple[int, ...], lanes: tuple[int, ...], starts: tuple[int, ...], wrong: int
+) -> None:
+    shard = make_shard(tables=(TableSpec("steps", stride=stride),))
+    shard.connect("w")
+    sequence = 0
+    if before:
+        assert shard.insert("w", 0, np.array(before, np.int32), numbered(len(before)), timeout_s=0.0)
+        sequence = 1
+    limiter = shard.tables["steps"].limiter
+    assert isinstance(limiter, RateLimiter)
+    counted, state = limiter.inserted, shard._storage.state.copy()
+    rows = starting(*map(bool, starts))
+    number = lanes[wrong]
+    expected = rf"expected is_last before is_first in every lane; row {wrong} of the batch .*\(number {number}\)"
+    with pytest.raises(SchemaError, match=expected):
+        shard.insert("w", sequence, np.array(lanes, np.int32), rows, timeout_s=0.0)
+    assert limiter.inserted == counted
+    changed = np.flatnonzero(shard._storage.state != state)
+    assert set(changed.tolist()) <= {kernels.LANES}  # how many lanes there have ever been
+    assert set(shard._storage.lanes_of(0)) == set(before)
+    rows["is_first"] = False
+    assert shard.insert("w", sequence, np.array(lanes, np.int32), rows, timeout_s=0.0)
+
+
+def test_episodes_may_follow_one_another_in_every_lane() -> None:
+    shard = make_shard(capacity=4096)
+    shard.connect("w")
+    for lanes, steps in ((40, 2), (1, 50), (3, 7)):  # many begin at once, or one after the other
+        sequence = shard.connect("w") + 1
+        for batch in range(3):
+            rows = numbered(lanes * steps)
+            time = np.arange(lanes * steps) // lanes
+            rows["is_first"], rows["is_last"] = time == 0, time == steps - 1
+            here = np.tile(np.arange(lanes, dtype=np.int32), steps)
+            assert shard.insert("w", sequence + batch, here, rows, timeout_s=0.0)
+    limiter = shard.tables["steps"].limiter
+    assert isinstance(limiter, RateLimiter)
+    assert limiter.inserted == shard.tables["steps"].inserted == 3 * (40 + 49 + 3 * 6)
+
+
+def test_a_queue_lets_writers_in_for_as_long_as_what_they_cut_is_given_back() -> None:
+    # Each writes steps 0 to 2 and closes: step 0 becomes an item, step 2 would have.
+    table = TableSpec("steps", "fifo", stride=2, max_times_sampled=1)
+    limiter = RateLimiter(RateLimit.queue(4))
+    shard = make_shard(tables=(table,), limiters={"steps": limiter})
+    for k in range(20):
+        writer = CallWriter(shard)
+        writer.append(np.zeros(3, np.int32), numbered(3, 3 * k))
+        writer.close()
+        found = shard.sample("steps", 1, 1, Window(), timeout_s=0.0)
+        assert found is not None
+        assert (limiter.inserted, limiter.sampled) == (k + 1, k + 1)
+
+
+def test_a_writer_that_closes_gives_back_what_each_table_counted_of_it() -> None:
+    tables = (TableSpec("all"), TableSpec("some", stride=2), TableSpec("few", stride=3))
+    shard = make_shard(tables=tables)
+    writer = CallWriter(shard)
+    for number, count in enumerate((1, 2, 3, 4, 5)):  # cut at steps 0 to 4
+        writer.append(np.full(count, number, np.int32), numbered(count))
+    writer.append(np.full(3, 5, np.int32), numbered(3, last=True))
+    writer.close()
+    for place, table in enumerate(shard.tables.values()):
+        assert isinstance(table.limiter, RateLimiter)
+        assert table.limiter.inserted == table.inserted == [12, 7, 6][place]
+
+
+def test_a_message_of_too_many_lanes_takes_none() -> None:
+    shard = make_shard(capacity=40, segment_steps=4)
+    for name in ("greedy", "modest"):
+        shard.connect(name)
+    for _ in range(2):
+        with pytest.raises(SchemaError, match=r"20 lanes write to a shard of 10 segments"):
+            shard.insert("greedy", 0, np.arange(20, dtype=np.int32), numbered(20), timeout_s=0.0)
+    assert shard.insert("modest", 0, np.arange(9, dtype=np.int32), numbered(9), timeout_s=0.0)
+
+
 def test_the_writer_closed_first_is_forgotten_where_none_is_free() -> None:
     storage = make_storage(4, 4)
     slots = [storage.open_writer(f"w{k}") for k in range(MAX_WRITERS)]
@@ -406,6 +504,23 @@ def recover(recorder: Recorder) -> None:
         assert found.lanes_of(slot) == before.lanes_of(slot)
     assert found.state[kernels.HEAD] == found.state[kernels.APPLIED] == before.state[kernels.HEAD]
     recorder.items = [len(recorder.rows_of_items(table)) for table in range(len(recorder.items))]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_retry_shorter_than_what_is_applied_of_it_is_refused(killing: pytest.MonkeyPatch, count: int) -> None:
+    shard = make_shard(segment_steps=4)
+    shard.connect("w")
+    lanes = np.zeros(7, np.int32)
+    assert shard.insert("w", 0, lanes[:2], numbered(2), timeout_s=0.0)
+    storage = shard._storage
+    storage._fault[:] = kernels.RECORD_APPLIED, 1
+    with pytest.raises(Killed):
+        shard.insert("w", 1, lanes, numbered(7, 2), timeout_s=0.0)  # two fit into the segment
+    assert storage.arrays["writers"][kernels.PARTIAL, 0] == 2
+    with pytest.raises(SchemaError, match=rf"of batch 1 2 rows are applied already .* received {count} rows"):
+        shard.insert("w", 1, lanes[:count], numbered(count, 2), timeout_s=0.0)
+    assert shard.insert("w", 1, lanes, numbered(7, 2), timeout_s=0.0)
+    assert storage.rows["policy_version"][:9].tolist() == list(range(9))
 
 
 @pytest.mark.parametrize("kind", ["APPEND", "TAKE"])

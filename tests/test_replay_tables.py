@@ -481,6 +481,29 @@ def test_strides_count_from_the_start_of_each_episode() -> None:
     assert [shard.tables[name].inserted for name in ("all", "third")] == [14, 6]
 
 
+def test_every_table_counts_the_time_of_inserts() -> None:
+    shard = make_shard(tables=(TableSpec("a"), TableSpec("b")))
+    lane(50, CallWriter(shard))
+    tables = shard.stats()["tables"]
+    assert tables["a"]["time/inserting_s"] > 0
+    assert tables["b"]["time/inserting_s"] > 0
+
+
+def test_a_source_with_fewer_items_that_may_be_drawn_than_asked_for_gives_none() -> None:
+    table = TableSpec("steps", "prioritised", max_times_sampled=1)
+    shard = make_shard(tables=(table,))
+    lane(9, CallWriter(shard))
+    _, held = contents(shard)
+    rows = np.arange(8)
+    shard.update_priorities("steps", shard._storage.item_ids(rows), np.where(rows < 3, 1.0, 0.0))
+    assert len(held["steps"]) == 8
+    source = CallSource(shard, window=ONE_STEP)
+    out = Sampler([source], SCHEMA, window=ONE_STEP, batch_size=6, seed=0).buffers()
+    out.frame_count = 0
+    assert not source.take(6, out, 0, 0.0)
+    assert out.frame_count == 0
+
+
 # -------------------------------------------------------------------- uniformity
 
 
