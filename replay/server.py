@@ -20,6 +20,7 @@ received, and changes nothing.
 
 from __future__ import annotations
 
+import atexit
 import json
 import struct
 import sys
@@ -34,6 +35,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from .ending import end_serving
 from .faults import fault
 from .files import storage_path
 from .limiter import LeasedLimiter, Limiter, RateLimiter, Side
@@ -117,7 +119,7 @@ class _Stream:
 
 
 class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
-    """Serves one shard. The constructor returns when it listens; `close` ends it."""
+    """Serves one shard. The constructor returns when it listens; `close` ends it, or at the latest the interpreter's exit."""
 
     def __init__(
         self,
@@ -184,6 +186,8 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
             self._release(steps=not self.shard.recovered, queues=self._opened.keys() - found)
             raise
         threading.Thread(target=self._return_credits, name="credits", daemon=True).start()
+        # Called before what Flight itself has left for the exit, which would wait for every open stream.
+        atexit.register(self._end)
 
     def _listen(self, spec: ShardSpec, security: Security) -> None:
         try:
@@ -460,11 +464,14 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
             with suppress(pa.ArrowException, flight.FlightError):
                 limiter.return_unused()
         self._release(steps=remove, queues=self._opened if remove else ())
+        self._end()
+
+    def _end(self) -> None:
+        """Stop serving. At the interpreter's exit that is all, and the files stay, as after a crash."""
+        atexit.unregister(self._end)
+        self._closing.set()
         self._health.stop(grace=None)
-        # Flight waits for its streams, and that of an idle writer ends only when the writer does.
-        stop = threading.Thread(target=self.shutdown, name="shutdown", daemon=True)
-        stop.start()
-        stop.join(timeout=2 * _POLL_S)
+        end_serving(self, grace_s=2 * _POLL_S)
 
 
 def _for_queue(command: Any) -> dict[str, Any] | None:

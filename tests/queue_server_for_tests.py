@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow.flight as flight
 
+from replay.ending import end_serving
 from replay.queue_service import QueueService
 from replay.queue_spec import QueueSpec
 from replay.queues import Queue
@@ -39,9 +40,7 @@ class QueueServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def close(self) -> None:
         self.closing.set()
-        stop = threading.Thread(target=self.shutdown, daemon=True)  # it waits for idle writers
-        stop.start()
-        stop.join(timeout=1.0)
+        end_serving(self, grace_s=1.0)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -500,8 +500,10 @@ def test_another_schema_is_refused_to_writers_and_readers(memory: Path) -> None:
             with pytest.raises(SchemaError, match=r"expected .*\[5\].*received .*int64\[2\]"):
                 sampler.sample(5.0)
             sampler.close()
+        sampler = sampler_of(server.address, window=Window(stack=2))
         with pytest.raises(SchemaError, match="expected a field of frames"):
-            sampler_of(server.address, window=Window(stack=2)).sample(5.0)
+            sampler.sample(5.0)
+        sampler.close()
         assert unchanged(server) == before
         write(writer, checked(SCHEMA, 3, 1))
         assert table_of(server)["items"] == 3
@@ -1246,7 +1248,8 @@ def test_a_shard_killed_before_its_file_was_made_starts_afresh(memory: Path) -> 
     del segments
     server = ShardServer(spec, SECURITY, recover=True)
     assert not server.shard.recovered
-    write(writer_to(server.address), checked(SCHEMA, 0, 5))
+    with closing(writer_to(server.address)) as writer:
+        write(writer, checked(SCHEMA, 0, 5))
     server.close(remove=False)
     server = ShardServer(spec, SECURITY, recover=True)
     assert server.shard.recovered
@@ -1269,7 +1272,8 @@ def with_queue(directory: Path, run: str) -> tuple[ShardSpec, Path, Path]:
     """A shard's settings, and the files of its steps and its queue as a dead process leaves them, with rows in both."""
     spec = spec_of(directory, run=run, queues=(QueueSpec(name="prompts", schema=PROMPTS, group_size=1),))
     server = ShardServer(spec, SECURITY)
-    write(writer_to(server.address), checked(SCHEMA, 0, 5))
+    with closing(writer_to(server.address)) as writer:
+        write(writer, checked(SCHEMA, 0, 5))
     queue = server._opened["prompts"]
     queue.connect("w")
     assert queue.insert("w", 0, pa.record_batch([[1, 2], [0, 0]], schema=PROMPTS), timeout_s=0.0)
@@ -1322,11 +1326,54 @@ def test_a_shard_listens_on_an_address_of_version_6(memory: Path) -> None:
         pytest.skip("this host has no ::1")
     with served(memory, run="v6", host="::1") as server:
         assert server.health_address.startswith("[::1]:")
-        write(writer_to(server.address), checked(SCHEMA, 0, 5))
+        with closing(writer_to(server.address)) as writer:
+            write(writer, checked(SCHEMA, 0, 5))
         assert table_of(server)["items"] == 4
         with grpc_channel(server.health_address, SECURITY) as channel:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10.0)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+FORGETFUL = """
+import sys
+import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from replay.samplers import stream_sampler
+from replay.security import grpc_channel
+from replay.server import ShardServer
+from tests.shards_for_tests import SCHEMA, SECURITY, checked, spec_of, write, writer_to
+server = ShardServer(spec_of(sys.argv[1], run="forgetful"), SECURITY)
+writer = writer_to(server.address)
+write(writer, checked(SCHEMA, 0, 20))
+sampler = stream_sampler([server.address], SCHEMA, batch_size=4, seed=0, security=SECURITY, transport="flight")
+sampler.update_priorities(sampler.sample(10.0), np.ones(4))
+channel = grpc_channel(server.health_address, SECURITY)
+watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+next(watch)
+if sys.argv[2] == "the clients":
+    server.close()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("forgotten", ["the clients", "all"])
+def test_a_program_that_forgot_to_close_ends(memory: Path, forgotten: str) -> None:
+    words = [sys.executable, "-c", FORGETFUL, str(memory), forgotten]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60.0)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    # Only `close` removes files.
+    left = [path for path in memory.iterdir() if "forgetful" in path.name]
+    assert bool(left) is (forgotten == "all")
+    for path in left:
+        path.unlink()
+
+
+def test_a_server_ends_though_its_clients_stay(memory: Path) -> None:
+    with served(memory, run="stays") as server:
+        writer = writer_to(server.address, retry_s=0.1)
+        write(writer, checked(SCHEMA, 0, 5))
+    assert not [thread for thread in threading.enumerate() if thread.name == "shutdown"]
+    writer.close()
 
 
 def test_what_ends_the_sending_of_priorities_is_raised_and_not_waited_for() -> None:
