@@ -7,7 +7,12 @@ import os
 # Waiting OpenMP threads spin: with more of them than idle cores, every process of a test slows to a fraction.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import faulthandler
+import signal
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,3 +46,31 @@ def ray_cluster() -> Iterator[RayCluster]:
             yield cluster
         finally:
             cluster.close()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """See to it that this process ends, and never as if nothing was wrong where something keeps it from that."""
+    main = threading.main_thread()
+    deadline = time.monotonic() + 10.0
+    while left := [thread for thread in threading.enumerate() if thread is not main and not thread.daemon]:
+        if time.monotonic() > deadline:
+            _end_in_spite_of(left)
+        left[0].join(timeout=0.1)
+    # What is still to come is the interpreter's end, where a native library may wait for ever: its stacks are then shown. The
+    # alarm, which needs no interpreter, is for the part of it after which Python's own watchdog is gone.
+    sys.stdout.flush()
+    faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(90)
+
+
+def _end_in_spite_of(threads: list[threading.Thread]) -> None:
+    """End with exit status 1: any other way would wait for these threads."""
+    frames = sys._current_frames()
+    for thread in threads:
+        stack = traceback.format_stack(frames.get(thread.ident or 0))
+        print(f"still running 10 s after the last test: {thread}\n{''.join(stack)}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
