@@ -26,6 +26,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from replay.ending import end_serving
 from replay.schema import SchemaError
 from replay.security import (
     GRPC_OPTIONS,
@@ -115,7 +116,7 @@ class Service(flight.FlightServerBase):  # type: ignore[misc]
 
     def close(self) -> None:
         self.health.stop(grace=None)
-        self.shutdown()
+        end_serving(self, grace_s=1.0)
 
 
 def serve() -> None:
