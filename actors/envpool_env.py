@@ -63,6 +63,14 @@ def space_map(env_id: str, kwargs: Mapping[str, Any]) -> SpaceMap:
     return SpaceMap(env_id, *spaces)
 
 
+def single_frames(env_id: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`kwargs`, and where EnvPool would stack frames itself, as its Atari games do, one that turns this off."""
+    found = dict(kwargs)
+    if "stack_num" in envpool.make_spec(env_id).config._fields:
+        found.setdefault("stack_num", 1)
+    return found
+
+
 class EnvPoolEnv:
     """EnvPool behind the `VectorEnv` protocol; `batch_size < num_envs` steps asynchronously.
 

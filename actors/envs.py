@@ -13,7 +13,7 @@ from actors.envpool_env import EnvPoolEnv
 from actors.gymnasium_env import GymnasiumEnv
 from actors.protocol import EnvError, EnvStep, Policy, VectorEnv
 from configs.schema import EnvSettings
-from replay.schema import StepSchema
+from replay.schema import LARGE_BYTES, StepSchema
 
 __all__ = ["EnvError", "EnvStep", "Policy", "VectorEnv", "check_env", "make_env"]
 
@@ -42,21 +42,29 @@ def make_env(
     """
     if batch_size is not None and not 1 <= batch_size <= num_envs:
         raise EnvError(f"batch_size must lie in 1 … num_envs ({num_envs}), got {batch_size}")
+    env: VectorEnv
     if _backend(settings) == "envpool":
-        return EnvPoolEnv(
+        env = EnvPoolEnv(
             settings.id,
-            settings.kwargs,
+            envpool_env.single_frames(settings.id, settings.kwargs) if settings.stack > 1 else settings.kwargs,
             num_envs=num_envs,
             batch_size=batch_size,
             threads=threads,
             seed=seed,
             render=render,
         )
-    _check_synchronous(settings, batch_size, num_envs)
+    else:
+        _check_synchronous(settings, batch_size, num_envs)
+        try:
+            env = GymnasiumEnv(settings.id, settings.kwargs, num_envs=num_envs, seed=seed, render=render)
+        except gymnasium.error.UnregisteredEnv as error:
+            raise _unknown(settings) from error
     try:
-        return GymnasiumEnv(settings.id, settings.kwargs, num_envs=num_envs, seed=seed, render=render)
-    except gymnasium.error.UnregisteredEnv as error:
-        raise _unknown(settings) from error
+        _check_stack(settings, env.schema)
+    except EnvError:
+        env.close()
+        raise
+    return env
 
 
 def check_env(settings: EnvSettings, *, num_envs: int = 1, batch_size: int | None = None) -> StepSchema:
@@ -68,12 +76,16 @@ def check_env(settings: EnvSettings, *, num_envs: int = 1, batch_size: int | Non
         EnvError: as `make_env`.
     """
     if _backend(settings) == "envpool":
-        return envpool_env.space_map(settings.id, settings.kwargs).schema
-    _check_synchronous(settings, batch_size, num_envs)
-    try:
-        return gymnasium_env.space_map(settings.id, settings.kwargs).schema
-    except gymnasium.error.UnregisteredEnv as error:
-        raise _unknown(settings) from error
+        kwargs = envpool_env.single_frames(settings.id, settings.kwargs) if settings.stack > 1 else settings.kwargs
+        schema = envpool_env.space_map(settings.id, kwargs).schema
+    else:
+        _check_synchronous(settings, batch_size, num_envs)
+        try:
+            schema = gymnasium_env.space_map(settings.id, settings.kwargs).schema
+        except gymnasium.error.UnregisteredEnv as error:
+            raise _unknown(settings) from error
+    _check_stack(settings, schema)
+    return schema
 
 
 def _backend(settings: EnvSettings) -> Literal["envpool", "gymnasium"]:
@@ -84,6 +96,14 @@ def _backend(settings: EnvSettings) -> Literal["envpool", "gymnasium"]:
     if settings.backend == "envpool":
         raise _unknown(settings)
     return "gymnasium"
+
+
+def _check_stack(settings: EnvSettings, schema: StepSchema) -> None:
+    if settings.stack > 1 and not schema.large:
+        raise EnvError(
+            f"env.stack ({settings.stack}) stacks frames, fields of at least {LARGE_BYTES} bytes, and {settings.id!r} has "
+            f"{schema}; leave env.stack at 1"
+        )
 
 
 def _check_synchronous(settings: EnvSettings, batch_size: int | None, num_envs: int) -> None:

@@ -8,6 +8,7 @@ import imageio.v3 as imageio
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.agent import Agent
 from actors.envs import make_env
 from actors.protocol import EnvError, Policy
 from configs.schema import EnvSettings
@@ -41,6 +42,7 @@ class Evaluator:
         self._quota[: episodes % lanes] += 1
         self._seed = seed
         self._id = settings.id
+        self._stack = settings.stack
         self._env = make_env(settings, num_envs=lanes, threads=threads, seed=seed)
 
     def run(self, policy: Policy) -> list[float]:
@@ -55,6 +57,7 @@ class Evaluator:
         running = np.zeros(lanes)
         missing = self._quota.copy()
         broken = 0
+        agent = Agent(policy, env.schema, lanes, stack=self._stack)
         env.start()
         while missing.any():
             result = env.recv()
@@ -69,7 +72,8 @@ class Evaluator:
             broken += int(result.broken.sum())
             if broken > 10 * self._quota.sum():
                 raise EnvError(f"environment {self._id!r} raised in {broken} episodes of one evaluation")
-            env.send(policy.act(result.observation, deterministic=True, generator=generator), ids)
+            agent.observe(result)
+            env.send(agent.act(result, deterministic=True, generator=generator).action, ids)
         return [value for lane in returns for value in lane]
 
     def close(self) -> None:
@@ -95,6 +99,7 @@ def record(settings: EnvSettings, policy: Policy, *, path: Path | str, seed: int
         EnvError: the environment cannot be built, draw itself on this machine, or finish an episode.
     """
     env = make_env(settings, num_envs=1, seed=seed, render=True)
+    agent = Agent(policy, env.schema, 1, stack=settings.stack)
     generator = np.random.default_rng(seed)
     frames: list[NDArray[np.uint8]] = []
     stride, total, step = 1, 0.0, 0
@@ -112,7 +117,8 @@ def record(settings: EnvSettings, policy: Policy, *, path: Path | str, seed: int
                 frames, stride = frames[::2], stride * 2
             if ended:
                 break
-            env.send(policy.act(result.observation, deterministic=True, generator=generator), result.env_id)
+            agent.observe(result)
+            env.send(agent.act(result, deterministic=True, generator=generator).action, result.env_id)
             step += 1
     finally:
         env.close()

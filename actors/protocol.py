@@ -8,7 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from learners.policy import Policy
 from replay.schema import StepSchema
+
+__all__ = ["BoolArray", "EnvError", "EnvStep", "FloatArray", "IntArray", "Observation", "Policy", "VectorEnv"]
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
@@ -68,15 +71,3 @@ class VectorEnv(Protocol):
 
     def close(self) -> None:
         """Release the environments and their threads."""
-
-
-class Policy(Protocol):
-    """An acting policy."""
-
-    def load(self, data: bytes) -> None:
-        """Take the weights of one flat safetensors buffer."""
-
-    def act(
-        self, observation: Observation, *, deterministic: bool, generator: np.random.Generator
-    ) -> NDArray[np.float32]:
-        """Actions (batch, action_dim) in [−1, 1] at observations (batch, *shape)."""

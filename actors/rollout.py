@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from actors.agent import Agent, Decision
 from actors.protocol import BoolArray, EnvStep, IntArray, Policy, VectorEnv
+from actors.returns import ReturnExtent
+from learners.policy import STATE, row_schema
 from replay.writers import Writer
 
 EPISODE_LOG = 1_000  # finished episodes kept
@@ -45,6 +46,10 @@ class Rollout:
         rows_per_write: int,
         write_every_s: float,
         seed: int,
+        stack: int = 1,
+        first_lane: int = 0,
+        of_lanes: int = 0,
+        discount: float | None = None,
     ) -> None:
         """Starts the environments.
 
@@ -56,18 +61,23 @@ class Rollout:
             rows_per_write: rows gathered before they are handed over, unless one `recv` brings more.
             write_every_s: longest time, in seconds, that a row waits to be handed over while the environments answer.
             seed: of the action noise and the random actions.
+            stack: frames that the policy sees at once.
+            first_lane: number of this rollout's lane 0 among all lanes of the run, for the ladder of exploration.
+            of_lanes: lanes of the run; 0 for this rollout's alone.
+            discount: of the returns whose extent is to be found; None finds none.
         """
         self.version = 0  # of the policy; 0 is none yet
         self.episodes: deque[Episode] = deque(maxlen=EPISODE_LOG)
         self._env = env
-        self._policy = policy
+        self._agent = Agent(policy, env.schema, env.num_envs, stack=stack, first_lane=first_lane, of=of_lanes)
+        self._extent = None if discount is None else ReturnExtent(env.num_envs, discount)
         self._writer = writer
         self._random_steps = random_steps
         self._rows_per_write = rows_per_write
         self._write_every_s = write_every_s
         self._generator = np.random.default_rng(seed)
 
-        schema = env.schema
+        schema = row_schema(env.schema, policy)
         self._pending = schema.zeros(env.num_envs)  # (num_envs,) the row of each lane whose reward is not known yet
         self._return = np.zeros(env.num_envs)
         self._length = np.zeros(env.num_envs, np.int64)
@@ -87,8 +97,8 @@ class Rollout:
         env.start()
 
     def set_policy(self, version: int, data: bytes) -> None:
-        """Act with these weights from the next step on; `data` is one flat safetensors buffer."""
-        self._policy.load(data)
+        """Decide with these weights from the next step on; `data` is one flat safetensors buffer."""
+        self._agent.policy.load(data)
         self.version = version
 
     def step(self) -> int:
@@ -96,13 +106,13 @@ class Rollout:
         began = time.perf_counter()
         result = self._env.recv()
         received = time.perf_counter()
-        action, version = self._act(result)
+        decision = self._decide(result)
         acted = time.perf_counter()
-        self._env.send(action, result.env_id)
+        self._env.send(decision.action, result.env_id)
         sent = time.perf_counter()
         # Rows are made after `send`, while the environments already compute.
-        steps = self._complete(result)
-        self._begin(result, action, version)
+        steps = self._complete(result, decision)
+        self._begin(result, decision)
         if self._waiting and (
             # What the next recv completes must fit as well: a write never holds more transitions than announced.
             self._waiting + self._env.batch_size > self._rows_per_write
@@ -125,6 +135,13 @@ class Rollout:
             "wall_s": time.perf_counter() - self._began,
         }
 
+    def return_extent(self) -> tuple[float, float] | None:
+        """Lowest and highest discounted return-to-go of recent steps (`ReturnExtent`). From any thread.
+
+        None before the first reward, and without `discount`.
+        """
+        return None if self._extent is None else self._extent.extent()
+
     def close(self) -> None:
         """Write what is complete, and end the writer and the environments; open episodes are closed by the shard."""
         try:
@@ -133,13 +150,15 @@ class Rollout:
         finally:
             self._env.close()
 
-    def _act(self, result: EnvStep) -> tuple[NDArray[Any], int]:
-        """Actions (batch, action_dim) and the policy version that chose them; random actions have version 0."""
+    def _decide(self, result: EnvStep) -> Decision:
+        """Random actions at first, each for itself; then those of the policy."""
+        self._agent.observe(result)
         if self.version == 0 or self._env_steps < self._random_steps:
-            return self._env.sample_actions(len(result.env_id), self._generator), 0
-        return self._policy.act(result.observation, deterministic=False, generator=self._generator), self.version
+            action = self._env.sample_actions(len(result.env_id), self._generator)
+            return Decision(action, 0, self._agent.state(result.env_id))
+        return self._agent.act(result, deterministic=False, generator=self._generator, version=self.version)
 
-    def _complete(self, result: EnvStep) -> int:
+    def _complete(self, result: EnvStep, decision: Decision) -> int:
         """Write the rows whose rewards have come, and end the episodes that are over."""
         stepped = ~(result.reset | result.broken)
         lanes, reward = result.env_id, result.reward
@@ -154,21 +173,25 @@ class Rollout:
             self._return[lanes] += reward
             self._length[lanes] += 1
             self._env_steps += count
+            if self._extent is not None:
+                self._extent.add(lanes, reward)
         ended = result.terminated | result.truncated
         if ended.any():
-            self._end(result, ended)
+            self._end(result, ended, decision)
         return count
 
-    def _begin(self, result: EnvStep, action: NDArray[Any], version: int) -> None:
+    def _begin(self, result: EnvStep, decision: Decision) -> None:
         """Keep the step that each lane now takes, until its reward is known."""
         pending, lanes = self._pending, result.env_id
         for name, values in result.observation.items():
             pending[name][lanes] = values
-        pending["action"][lanes] = action
+        pending["action"][lanes] = decision.action
         pending["is_first"][lanes] = result.reset
-        pending["policy_version"][lanes] = version
+        pending["policy_version"][lanes] = decision.version
+        if decision.state is not None:
+            pending[STATE][lanes] = decision.state
 
-    def _end(self, result: EnvStep, ended: BoolArray) -> None:
+    def _end(self, result: EnvStep, ended: BoolArray, decision: Decision) -> None:
         """Write the final rows of the episodes that are over, and log those that did not break."""
         whole = ended & ~result.broken
         if whole.any():
@@ -178,6 +201,8 @@ class Rollout:
             rows.view(np.uint8)[:] = 0
             for name, values in result.observation.items():
                 rows[name] = values[whole]
+            if decision.state is not None:
+                rows[STATE] = decision.state[whole]
             rows["policy_version"] = self._pending["policy_version"][lanes]
             rows["is_last"] = True
             rows["is_terminal"] = result.terminated[whole]
@@ -201,6 +226,8 @@ class Rollout:
             rows["is_last"] = True
             self._broken_count += len(lanes)
         over = result.env_id[ended]
+        if self._extent is not None:
+            self._extent.end(over)
         self._return[over] = 0.0
         self._length[over] = 0
 

@@ -38,7 +38,7 @@ class SpaceMap:
         self.actions: int | None = None  # number of discrete actions; None where actions are continuous
         if isinstance(action, spaces.Discrete):
             self.actions, self._start = int(action.n), int(action.start)
-            action_field = Field("action", "int64")
+            action_field = Field("action", "int64", choices=self.actions)
         elif isinstance(action, spaces.Box) and np.issubdtype(action.dtype, np.floating):
             low, high = action.low.astype(np.float64), action.high.astype(np.float64)
             if not (np.isfinite(low).all() and np.isfinite(high).all() and np.isfinite(high - low).all()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import sys
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from configs.algorithms import MAX_SEQUENCES, CustomSettings, DqnSettings
 from configs.load import dump_config
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
     from cluster.checkpoint import Checkpoint
     from cluster.runs import RunFolder
+    from replay.schema import StepSchema
 
 Show = Callable[[dict[str, float] | None, str | None], None]
 
@@ -132,14 +135,50 @@ def _run(
     return run_on_ray(folder, wall_started=started, resume=checkpoint, show=show, stopping=stopping)
 
 
-def check_algorithm(config: RunConfig, schema: Any) -> None:
-    """Raises ValueError where the algorithm cannot act in the environment."""
-    import numpy as np
+def check_algorithm(config: RunConfig, schema: StepSchema) -> None:
+    """
+    Raises:
+        ValueError: the algorithm cannot act in the environment whose steps have this schema, or its networks would need
+            what the environment lacks.
+    """
+    from replay.schema import LARGE_BYTES
 
-    if not np.issubdtype(np.dtype(schema.action.dtype), np.floating):
+    algorithm, env, choices = config.algorithm, config.env, schema.action.choices
+    discrete = isinstance(algorithm, DqnSettings)
+    custom = isinstance(algorithm, CustomSettings)
+    if choices and not discrete and not custom:
         raise ValueError(
-            f"env.id: {config.env.id} has discrete actions, and algorithm.name {config.algorithm.name} needs continuous ones"
+            f"env.id: {env.id} has {choices} discrete actions, and algorithm.name {algorithm.name} needs continuous ones; set "
+            "algorithm.name to dqn, or to r2d2 where the task is partly observed"
         )
+    if discrete and not choices:
+        raise ValueError(
+            f"env.id: {env.id} has continuous actions, and algorithm.name {algorithm.name} needs discrete ones; set "
+            "algorithm.name to sac, or to flow"
+        )
+    length = algorithm.target.length if algorithm.target.kind in ("chunk", "decoupled") else 1
+    # By logarithms: the number itself may have thousands of digits.
+    if choices > 1 and not custom and length * math.log(choices) > math.log(MAX_SEQUENCES) + 1e-9:
+        most = int(math.log(MAX_SEQUENCES) / math.log(choices) + 1e-9)
+        raise ValueError(
+            f"algorithm.target.length: a critic of {length} actions out of {choices} would list {choices}^{length} sequences, "
+            f"and at most {MAX_SEQUENCES} are allowed; for {env.id} algorithm.target.length can be at most {most}"
+        )
+    if env.stack > 1 and not schema.large:
+        shapes = ", ".join(f"{field.name} {field.dtype}{list(field.shape)}" for field in schema.observations)
+        raise ValueError(
+            f"env.stack ({env.stack}) stacks frames, which are observation fields of at least {LARGE_BYTES} bytes, and "
+            f"{env.id} has {shapes}; set env.stack to 1"
+        )
+    if isinstance(algorithm, CustomSettings):
+        from learners.custom import load_learner_class, make_policy
+
+        load_learner_class(algorithm)
+        make_policy(schema, algorithm, stack=env.stack)
+    elif algorithm.head.is_own:
+        from learners.heads import make_head
+
+        make_head(algorithm.head, None)
 
 
 @contextmanager

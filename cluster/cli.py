@@ -1,4 +1,4 @@
-"""The command line: `millrace train | eval | report | replay | bench | clean`.
+"""The command line: `millrace train | eval | report | export | replay | bench | clean`.
 
 Exit codes: 0 done (also after Ctrl-C or SIGTERM, with a checkpoint), 1 the command failed, 2 it was asked for something
 impossible; what is wrong stands in the message, before any process is started.
@@ -28,9 +28,12 @@ millrace: distributed actor-learner system for online reinforcement learning
   millrace train [CONFIG] [--SETTING VALUE …] [--resume RUN] [--json]   train; `millrace train --help` lists the settings
   millrace eval RUN [--episodes N] [--seed S] [--checkpoint best|latest] [--video FILE.gif] [--json]
   millrace report RUN [--json]                                          make RUN/report.html again
+  millrace export RUN FILE.onnx [--checkpoint best|latest] [--json]     write the policy as ONNX, checked against torch
   millrace replay stats|export|import …                                 look into, export and fill a replay service or snapshot
   millrace bench actors|train [CONFIG] [--SETTING VALUE …] [--seconds S] [--json]
   millrace bench replay [--seconds S] [--only PATTERN] [--peers] [--json]
+  millrace bench learner [--seconds S] [--only PATTERN] [--threads 1 2] [--device auto] [--save] [--json]
+  millrace bench curves [--only PATTERN] [--seeds 3] [--jobs 2] [--folder DIR] [--plot-only] [--save] [--json]
   millrace clean [--directory DIR] [--yes] [--json]                     list (--yes: remove) storage of dead runs
 
 CONFIG is a YAML file; those that come with Millrace can be named by their short names, such as pendulum_sac.
@@ -192,6 +195,30 @@ def _report(words: Sequence[str]) -> int:
     return 0
 
 
+def _export(words: Sequence[str]) -> int:
+    parser = _parser(
+        "export", "Write the deterministic policy of a run as ONNX, and check it against the policy that actors run."
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("file", type=Path, help="the file to write, such as policy.onnx")
+    parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="by evaluation, or newest")
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    chosen = parser.parse_args(words)
+
+    from cluster.export import export
+
+    found = export(chosen.run, chosen.file, checkpoint=chosen.checkpoint)
+    if chosen.json:
+        print(json.dumps(found.to_json()))
+        return 0
+    torch, acting = found.differences.torch, found.differences.acting
+    print(f"{found.path}: {', '.join(found.inputs)} to {', '.join(found.outputs)}, from {found.checkpoint}")
+    print(
+        f"largest difference on random observations: {torch:.1e} from torch, {acting:.1e} from the policy of the actors"
+    )
+    return 0
+
+
 def _replay(words: Sequence[str]) -> int:
     from cluster import replay_cli
 
@@ -199,10 +226,11 @@ def _replay(words: Sequence[str]) -> int:
 
 
 def _bench(words: Sequence[str]) -> int:
-    names = ["actors", "train", "replay"]
-    if {"-h", "--help"} & set(words) and words[0] != "replay":
+    names = ["actors", "train", "replay", "learner", "curves"]
+    own = ("replay", "learner", "curves")  # these take no settings of a run
+    if {"-h", "--help"} & set(words) and words[0] not in own:
         print("millrace bench actors|train [CONFIG] [--SETTING VALUE …] [--seconds S] [--json]")
-        print("millrace bench replay [--help | …]")
+        print("millrace bench replay|learner|curves [--help | …]")
         return 0
     if not words or words[0] not in names:
         close = nearest(words[0], names) if words else None
@@ -213,9 +241,8 @@ def _bench(words: Sequence[str]) -> int:
     paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     # -P: a package named tests in the user's folder is not ours.
-    # That of the replay service takes no settings of a run.
     command = [sys.executable, "-P", "-m"]
-    command += ["tests.benchmarks.replay", *words[1:]] if words[0] == "replay" else ["tests.benchmarks", *words]
+    command += [f"tests.benchmarks.{words[0]}", *words[1:]] if words[0] in own else ["tests.benchmarks", *words]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
@@ -267,6 +294,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "report": _report,
+    "export": _export,
     "replay": _replay,
     "bench": _bench,
     "clean": _clean,

@@ -94,6 +94,7 @@ class Head:
         self.counts = Counts()
         self.best: float | None = None
         self.last_evaluation: Evaluation | None = None
+        self.return_extent: tuple[float, float] | None = None  # lowest and highest discounted return actors ever met
         self._next_eval = config.eval.every
         self._returns: deque[float] = deque(maxlen=100)
         self._lengths: deque[int] = deque(maxlen=100)
@@ -103,6 +104,8 @@ class Head:
             self._next_eval = state["next_eval"]
             self._returns.extend(state["returns"])
             self._lengths.extend(state["lengths"])
+            if (extent := state.get("return_extent")) is not None:
+                self.return_extent = (float(extent[0]), float(extent[1]))
         self.counts.incarnation += 1
         self._wall_started = wall_started
         self._time_before = self.counts.time_s
@@ -141,6 +144,9 @@ class Head:
             counts.episodes += int(self._delta(name, stats, "episodes"))
             counts.broken_episodes += int(self._delta(name, stats, "broken_episodes"))
             self._add_seconds("actor", name, stats, "")
+            if (extent := stats.get("return_extent")) is not None:
+                low, high = self.return_extent or extent
+                self.return_extent = (min(low, extent[0]), max(high, extent[1]))
         if tick.learner:
             counts.updates = int(tick.learner["updates"])
             counts.version = max(counts.version, int(tick.learner["version"]))
@@ -334,6 +340,7 @@ class Head:
             "next_eval": self._next_eval,
             "returns": list(self._returns),
             "lengths": list(self._lengths),
+            "return_extent": self.return_extent,
         }
 
     def summary(self, *, stop_reason: str) -> dict[str, Any]:

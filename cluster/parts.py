@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from cluster.checkpoint import load_tensors, save_tensors
 from cluster.head import Counts
+from configs.algorithms import CustomSettings, R2d2Settings
 from configs.load import ConfigError
 from configs.schema import RunConfig
 from replay.limiter import LeasedLimiter, RateLimiter
@@ -20,14 +21,16 @@ from replay.writers import LaneWriter, Writer
 
 if TYPE_CHECKING:
     from actors.rollout import Rollout
-    from learners.loop import LearnerLoop
-    from learners.policy import SquashedGaussianPolicy
-    from learners.sac import Sac
+    from learners.distributed import Group
+    from learners.loop import Algorithm, LearnerLoop
+    from learners.policy import Policy
+    from learners.priorities import Importance
+    from replay.layout import TableSpec
     from replay.shard import Shard, ShardSpec  # they compile kernels, which head and actors have no use for
 
 FIRST_VERSION = 1  # 0 stands for random actions
 TABLE = "steps"
-_ROLES = ("shard", "sampler", "learner", "actor")
+_ROLES = ("shard", "sampler", "learner", "actor", "prior")
 
 
 def seed_of(config: RunConfig, role: str, index: int = 0, incarnation: int = 0) -> int:
@@ -49,33 +52,62 @@ def check_limits(config: RunConfig) -> list[str]:
     Raises:
         ConfigError: they must.
     """
-    actors, batch, shards = config.actors, config.learners.batch_size, config.replay.shards
+    actors, draw, shards = config.actors, config.draw_size, config.replay.shards
     write = max(actors.rows_per_write, actors.batch_size or actors.envs)
     try:
         if config.mode == "sync":  # all actors write before the learner samples
             return rate_limit(config).check(
-                insert=write * actors.count, sample=batch, max_size=config.replay.capacity // 2
+                insert=write * actors.count, sample=draw, max_size=config.replay.capacity // 2
             )
         return rate_limit(config).check(
             insert=actors.rows_per_write,
-            sample=-(-batch // shards),
+            sample=-(-draw // shards),
             max_size=config.replay.capacity // 2,
             shards=shards,
             insert_block=actors.rows_per_write,
-            sample_block=batch,
+            sample_block=draw,
         )
     except DeadlockError as error:
         raise ConfigError(str(error)) from None
 
 
-def window(config: RunConfig) -> Window:
-    """What the algorithm learns from."""
-    return Window(length=config.algorithm.n_step)
+def window(config: RunConfig, schema: StepSchema) -> Window:
+    """What the algorithm learns from: whole sequences where its network is recurrent, else the ends of windows alone."""
+    algorithm = config.algorithm
+    stack = config.env.stack if schema.large else 1
+    if isinstance(algorithm, R2d2Settings):
+        return Window(length=algorithm.sequence, burn_in=algorithm.burn_in, observations="all", stack=stack)
+    observations = algorithm.observations if isinstance(algorithm, CustomSettings) else "ends"
+    return Window(length=algorithm.window_steps, observations=observations, stack=stack)
+
+
+def row_schema(config: RunConfig, schema: StepSchema) -> StepSchema:
+    """The rows of the replay, from the schema of the environment's steps: recurrent policies store their state as well."""
+    from learners.policy import row_schema
+
+    return row_schema(schema, make_policy(config, schema))
+
+
+def table(config: RunConfig) -> TableSpec:
+    """The one table."""
+    from replay.layout import TableSpec
+
+    settings = config.replay
+    return TableSpec(TABLE, selector=settings.selector, priority_exponent=settings.priority_exponent)
+
+
+def importance(config: RunConfig) -> Importance | None:
+    """How windows of the table are weighed; None where all are drawn alike."""
+    from learners.priorities import Importance
+
+    settings = config.replay
+    if settings.selector == "uniform":
+        return None
+    return Importance(settings.importance_exponent, settings.importance_updates)
 
 
 def shard_spec(config: RunConfig, schema: StepSchema, index: int, *, run: str, incarnation: int) -> ShardSpec:
-    """Settings of shard `index`; its limiter's address is still to be filled in."""
-    from replay.layout import TableSpec
+    """Settings of shard `index`, for rows of `schema`; its limiter's address is still to be filled in."""
     from replay.shard import ShardSpec
 
     return ShardSpec(
@@ -84,13 +116,14 @@ def shard_spec(config: RunConfig, schema: StepSchema, index: int, *, run: str, i
         index=index,
         capacity=config.replay.capacity // config.replay.shards,
         segment_steps=config.replay.segment_steps,
-        tables=(TableSpec(TABLE),),
+        tables=(table(config),),
         limits=(rate_limit(config),),
         seed=seed_of(config, "shard", index, incarnation),
         directory=config.replay.directory,
         host=config.replay.host,
         insert_block=config.actors.rows_per_write,
-        sample_block=config.learners.batch_size,
+        sample_block=config.draw_size,
+        stack=config.env.stack if schema.large else 1,
     )
 
 
@@ -153,7 +186,7 @@ def set_limiter(shard: Shard, *, inserted: int, sampled: int, items: int) -> Non
 
 def samples_used(config: RunConfig, counts: Counts) -> int:
     """Samples that became updates: what a resumed limiter counts, for those drawn ahead and lost were never used."""
-    return (counts.updates + counts.updates_lost) * config.learners.batch_size
+    return (counts.updates + counts.updates_lost) * config.replay_windows
 
 
 def shards_of_actor(config: RunConfig, index: int) -> list[int]:
@@ -167,24 +200,85 @@ def writer_name(index: int, incarnation: int) -> str:
     return f"actor-{index}-{incarnation}"
 
 
-def make_policy(config: RunConfig, schema: StepSchema) -> SquashedGaussianPolicy:
-    """The acting policy, without weights."""
-    from learners.policy import SquashedGaussianPolicy
+def make_policy(config: RunConfig, schema: StepSchema) -> Policy:
+    """The acting policy, without weights; `schema` is that of the environment's steps."""
+    from learners.policy import acting_policy
 
-    return SquashedGaussianPolicy(schema, config.algorithm.hidden)
+    return acting_policy(schema, config.algorithm, stack=config.env.stack)
 
 
-def make_algorithm(config: RunConfig, schema: StepSchema, *, incarnation: int) -> Sac:
-    """The algorithm with fresh parameters."""
-    from learners.sac import Sac
+def make_algorithm(
+    config: RunConfig, schema: StepSchema, *, incarnation: int, group: Group | None = None
+) -> Algorithm[Any]:
+    """The algorithm with fresh parameters, for the windows of one learner; `schema` is that of the replay's rows."""
+    from learners.updates import Share
 
-    return Sac(
+    made: Algorithm[Any] = _maker(config.algorithm.name)(
         schema,
         config.algorithm,
-        batch_size=config.learners.batch_size,
-        device=config.learners.device,
+        batch_size=config.batch_part,
         seed=seed_of(config, "learner", 0, incarnation),
+        device=config.learners.device,
         compile=config.learners.compile,
+        graphs=config.learners.graphs,
+        precision=config.learners.precision,
+        products=config.learners.products,
+        updates_per_call=config.learners.updates_per_call,
+        stack=config.env.stack,
+        share=Share() if group is None else Share(group.rank, group.count, group.mean_),
+    )
+    return made
+
+
+def _maker(name: str) -> Any:
+    """What makes the algorithm of `algorithm.name`; only its module is imported."""
+    match name:
+        case "sac":
+            from learners.sac import Sac
+
+            return Sac
+        case "flow":
+            from learners.flow import Flow
+
+            return Flow
+        case "dqn":
+            from learners.dqn import Dqn
+
+            return Dqn
+        case "r2d2":
+            from learners.r2d2 import RecurrentDqn
+
+            return RecurrentDqn
+        case "custom":
+            from learners.custom import make_learner
+
+            return make_learner
+    raise ValueError(f"expected algorithm.name sac, flow, dqn, r2d2 or custom, received {name}")
+
+
+def make_loop(
+    config: RunConfig,
+    algorithm: Algorithm[Any],
+    sampler: Any,
+    *,
+    publish: Callable[[int, bytes], None] | None,
+    prefetch: int,
+    version: int,
+    group: Group | None = None,
+) -> LearnerLoop[Any]:
+    """The loop that drives an algorithm; arguments as `LearnerLoop`'s."""
+    from learners.loop import LearnerLoop
+
+    return LearnerLoop(
+        algorithm,
+        sampler,
+        publish=publish,
+        publish_every=config.learners.publish_every,
+        prefetch=prefetch,
+        version=version,
+        updates_per_call=config.learners.updates_per_call,
+        importance=importance(config),
+        group=group,
     )
 
 
@@ -217,10 +311,14 @@ def make_rollout(
         rows_per_write=config.actors.rows_per_write,
         write_every_s=config.actors.write_every_s if config.mode == "cluster" else math.inf,
         seed=seed,
+        stack=config.env.stack,
+        first_lane=index * config.actors.envs,
+        of_lanes=config.lanes,
+        discount=config.algorithm.discount if config.algorithm.head.is_automatic else None,
     )
 
 
-def save_learner(path: Path, algorithm: Sac, *, version: int) -> int:
+def save_learner(path: Path, algorithm: Algorithm[Any], *, version: int) -> int:
     """Write everything the learner needs to go on: parameters, optimiser, noise, counts. Returns the updates made.
 
     Raises:
@@ -229,14 +327,18 @@ def save_learner(path: Path, algorithm: Sac, *, version: int) -> int:
     algorithm.check_finite()
     state = {name: tensor.numpy() for name, tensor in algorithm.state().items()}
     # The update before the one whose loss tells may have spoilt them.
-    broken = [name for name, array in state.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
+    # What the support of a value head has seen is no part of the networks, and NaN where nothing was seen.
+    learnt = {
+        name: array for name, array in state.items() if array.dtype.kind == "f" and name.partition(".")[0] != "support"
+    }
+    broken = [name for name, array in learnt.items() if not np.isfinite(array).all()]
     if broken:
         raise FloatingPointError(f"not finite after update {algorithm.updates}: {', '.join(broken)}")
     save_tensors(path, state, {"updates": algorithm.updates, "version": version})
     return algorithm.updates
 
 
-def load_learner(path: Path, algorithm: Sac) -> int:
+def load_learner(path: Path, algorithm: Algorithm[Any]) -> int:
     """Go on where `save_learner` was called. Returns the policy version then."""
     import torch
 
@@ -260,5 +362,6 @@ def actor_status(rollout: Rollout, writers: Sequence[Writer], *, after: int) -> 
         "returns": [e.return_ for e in episodes],
         "lengths": [e.length for e in episodes],
         "next_episode": episodes[-1].index + 1 if episodes else after,
+        "return_extent": rollout.return_extent(),
         "waiting_for": next((w.waiting_for for w in writers if w.waiting_for), None),
     }

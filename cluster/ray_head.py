@@ -68,6 +68,7 @@ class HeadWorker:
         self._unsaved_best: tuple[float, bytes] | None = None  # mean return and policy
         self._tried_at = 0.0  # to write a checkpoint; monotonic
         self._evaluation: tuple[Any, int, int, bytes] | None = None  # answer, step, version, weights
+        self._told_extent: tuple[float, float] | None = None  # of returns, to learner 0, which tells the others
         self._next_episode: dict[str, int] = {}
         self._first_step_told = False
         self._first_step: float | None = None  # monotonic
@@ -170,7 +171,7 @@ class HeadWorker:
                 self._children.lost.add(child.name)
                 ray.kill(child.worker)
         self._children.ask_all("actor", "stop", STOP_S, timeout_s=STOP_S + 5.0)
-        self._stop_learner()
+        self._stop_learners()
         if not self._stop_asked:  # who asks to stop has no time for it
             self._await_evaluation()
         if head.final_evaluation_due and self._weights[0] and self._evaluation is None:
@@ -180,7 +181,7 @@ class HeadWorker:
             self._recorder.event("warning", "no checkpoint was written: stopped before the learner had started")
         else:
             for _ in range(3):  # a process may die even now, and is started again
-                self._stop_learner()
+                self._stop_learners()
                 if self._checkpoint() or self._children.silent(SILENT_S):
                     break
         summary = head.summary(stop_reason=reason)
@@ -196,12 +197,12 @@ class HeadWorker:
                     "warning", f"the last evaluation took longer than {EVALUATE_S:g} s and is left out"
                 )
 
-    def _stop_learner(self) -> None:
-        """Stop the learner, once it has started where it still does; the counts are final then."""
+    def _stop_learners(self) -> None:
+        """Stop the learners, once they have started where they still do; the counts are final then."""
         self._collect()
-        starting = self._children["learner"].starting
-        if starting is not None and (self._weights[0] or not self._stop_asked):
-            ray.wait([starting], timeout=START_S)
+        starting = [child.starting for child in self._children.of("learner") if child.starting is not None]
+        if starting and (self._weights[0] or not self._stop_asked):
+            ray.wait(starting, num_returns=len(starting), timeout=START_S)
             self._collect()
         if not self._children.silent(SILENT_S):
             self._children.ask_all("learner", "stop", 3 * STOP_S, timeout_s=3 * STOP_S + 5.0)
@@ -217,7 +218,7 @@ class HeadWorker:
             self._spawn_shard(index)
         for index in range(config.actors.count):
             self._spawn_actor(index)
-        self._spawn_learner()
+        self._spawn_learners()
         self._addresses = [""] * config.replay.shards
         self._ports = [0] * config.replay.shards
         kept = self._resume if config.checkpoints.replay else None
@@ -230,7 +231,7 @@ class HeadWorker:
             child = self._children[f"actor {index}"]
             child.starting = child.worker.start.remote(self._addresses)
         version = max(counts.version + 1, parts.FIRST_VERSION)
-        self._start_learner(None if self._resume is None else self._resume / LEARNER, version)
+        self._start_learners(None if self._resume is None else self._resume / LEARNER, version)
 
     def _spawn_shard(self, index: int) -> None:
         self._children.make(
@@ -331,35 +332,83 @@ class HeadWorker:
         )
         child.writer = parts.writer_name(index, incarnation)
 
-    def _spawn_learner(self) -> None:
+    def _spawn_learners(self) -> None:
         settings = self._config.learners
-        gpus = settings.gpus
-        if gpus is None:
-            gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0)) if settings.device != "cpu" else 0.0
-        self._children.make(
-            "learner",
-            LearnerWorker,
-            self._config,
-            self._schema,
-            self._self,
-            self._incarnation(),
-            self._security,
-            cpus=settings.cpus,
-            gpus=gpus,
-        )
+        gpus = self._gpus_of_a_learner()
+        incarnation = self._incarnation()  # one for all: they draw the same numbers
+        for rank in range(settings.count):
+            self._children.make(
+                _learner(rank),
+                LearnerWorker,
+                self._config,
+                self._schema,
+                rank,
+                self._self,
+                incarnation,
+                self._security,
+                cpus=settings.cpus,
+                gpus=gpus,
+            )
 
-    def _start_learner(self, checkpoint: Path | None, version: int) -> None:
-        child = self._children["learner"]
-        child.starting = child.worker.start.remote(
-            self._addresses, None if checkpoint is None else str(checkpoint), version
-        )
+    def _gpus_of_a_learner(self) -> float:
+        settings = self._config.learners
+        if settings.gpus is not None:
+            return settings.gpus
+        there = ray.cluster_resources().get("GPU", 0.0) if settings.device != "cpu" else 0.0
+        if there >= settings.count:
+            return 1.0
+        if there and settings.count > 1:
+            if settings.device != "auto":
+                raise RunError(
+                    f"learners.device {settings.device} needs a GPU for each of learners.count ({settings.count}) learners, and "
+                    f"the cluster has {there:g}; lower learners.count"
+                )
+            self._recorder.event(
+                "warning", f"the learners use CPUs: {settings.count} of them need as many GPUs, and there are {there:g}"
+            )
+            return 0.0
+        return there
+
+    def _start_learners(self, checkpoint: Path | None, version: int) -> None:
+        """Have the learners begin, together: those of a group wait for each other where learner 0 tells."""
+        learners = [self._children[_learner(rank)] for rank in range(self._config.learners.count)]
+        # Not waited for: Ray hands the answer to the others once it is there.
+        rendezvous = learners[0].worker.rendezvous.remote() if len(learners) > 1 else None
+        for child in learners:
+            child.starting = child.worker.start.remote(
+                self._addresses, None if checkpoint is None else str(checkpoint), version, rendezvous
+            )
+        self._told_extent = None
+
+    def _restart_learners(self, failed: Sequence[tuple[Child, str]]) -> None:
+        """Put new learners in the place of all, where one is dead or failed: they must go on from the same parameters."""
+        self._head.counts.restarts += 1
+        # One that died explains why others, left alone, failed.
+        child, why = next((found for found in failed if found[1] == "died"), failed[0])
+        count = self._config.learners.count
+        self._children.clear_for_restart(child, why)
+        for rank in range(count):
+            other = self._children[_learner(rank)]
+            if other is not child:
+                ray.kill(other.worker)
+        checkpoint = self._latest()
+        before = self._head.counts.updates
+        self._spawn_learners()
+        version = max(self._head.counts.version, self._weights[0]) + 1
+        self._start_learners(None if checkpoint is None else checkpoint.path / LEARNER, version)
+        self._head.rebase("learner", {})
+        back = 0 if checkpoint is None else checkpoint.updates
+        lost = max(0, before - back)
+        self._head.counts.updates_lost += lost
+        new = "a new one goes on" if count == 1 else f"{count} new learners go on"
+        self._recorder.event("restart", f"{child.name} {why}; {new} from update {back}, {lost} updates are lost")
 
     def _incarnation(self) -> int:
         """Tells every process that this run ever starts from every other, for their seeds."""
         return (self._head.counts.incarnation << 20) + next(self._born)
 
     def _restart(self, child: Child, why: str) -> None:
-        """Put a new process in the place of a dead or failed one."""
+        """Put a new process in the place of a dead or failed shard or actor."""
         name = child.name
         if self._finishing and child.kind == "actor":
             self._children.lost.add(name)
@@ -375,18 +424,8 @@ class HeadWorker:
             fresh = self._children[name]
             fresh.starting = fresh.worker.start.remote(self._addresses)
             told = "a new one takes its place"
-        elif child.kind == "shard":
-            told = self._restart_shard(child)
         else:
-            checkpoint = self._latest()
-            before = self._head.counts.updates
-            self._spawn_learner()
-            version = max(self._head.counts.version, self._weights[0]) + 1
-            self._start_learner(None if checkpoint is None else checkpoint.path / LEARNER, version)
-            self._head.rebase(name, {})
-            back = 0 if checkpoint is None else checkpoint.updates
-            self._head.counts.updates_lost += max(0, before - back)
-            told = f"a new one goes on from update {back}, {max(0, before - back)} updates are lost"
+            told = self._restart_shard(child)
         self._recorder.event("restart", f"{name} {why}; {told}")
 
     def _latest(self) -> Checkpoint | None:
@@ -397,8 +436,12 @@ class HeadWorker:
     def _collect(self) -> None:
         """Take in every process's status, and start the dead ones again."""
         after = {name: (index,) for name, index in self._next_episode.items()}
-        for child, why in self._children.look(after):
-            self._restart(child, why)
+        failed = self._children.look(after)
+        for child, why in failed:
+            if child.kind != "learner":
+                self._restart(child, why)
+        if learners := [(child, why) for child, why in failed if child.kind == "learner"]:
+            self._restart_learners(learners)
 
     def _tick(self) -> None:
         actors = self._children.statuses("actor")
@@ -431,6 +474,10 @@ class HeadWorker:
             first_step=self._first_step,
         )
         self._recorder.row(self._head.tick(tick))
+        extent = self._head.return_extent
+        if learner and extent is not None and extent != self._told_extent:
+            self._told_extent = extent
+            self._children["learner"].worker.observe_returns.remote(*extent)
 
     # ---------------------------------------------------- evaluation, checkpoint
 
@@ -474,7 +521,7 @@ class HeadWorker:
         if silent := self._children.silent(SILENT_S):
             self._recorder.event("warning", f"no checkpoint was written: no answer from {', '.join(silent)}")
             return False
-        if learner.starting is not None or learner.status.get("error"):
+        if any(child.starting is not None or child.status.get("error") for child in self._children.of("learner")):
             self._recorder.event("warning", "no checkpoint was written: the learner was not running")
             return False
         try:
@@ -491,6 +538,11 @@ class HeadWorker:
         if written:
             self._unsaved_best = None
         return True
+
+
+def _learner(rank: int) -> str:
+    """Name of a learner; the first, which there always is, needs no number."""
+    return f"learner {rank}" if rank else "learner"
 
 
 def _saved_by(shards: Sequence[Child], replay: Path, before: Path | None) -> list[dict[str, int]]:

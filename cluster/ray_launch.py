@@ -35,7 +35,7 @@ def namespace(run: str) -> str:
 
 def needed_cpus(config: RunConfig) -> float:
     """CPUs that Ray must set aside for a run."""
-    return config.actors.count * config.actors.cpus + config.learners.cpus
+    return config.actors.count * config.actors.cpus + config.learners.count * config.learners.cpus
 
 
 def run_on_ray(
@@ -62,7 +62,7 @@ def run_on_ray(
     if (warning := check_host(config.replay.host, security)) is not None:
         show(None, warning)
     schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
-    counts = ((config.replay.shards, "shard"), (config.actors.count, "actor"), (1, "learner"))
+    counts = ((config.replay.shards, "shard"), (config.actors.count, "actor"), (config.learners.count, "learner"))
     show(None, "starting " + ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts) + " under Ray")
     try:
         with _sigterm_kept():
@@ -134,7 +134,10 @@ def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> No
                 f"no Ray cluster answers at {address}: {error}; start one (`ray start --head`), or leave out --address to "
                 "start a private one"
             ) from error
-        have, want = ray.cluster_resources(), {"CPU": needed_cpus(config), "GPU": config.learners.gpus or 0.0}
+        have, want = (
+            ray.cluster_resources(),
+            {"CPU": needed_cpus(config), "GPU": config.learners.count * (config.learners.gpus or 0.0)},
+        )
         short = [f"{want[k]:g} {k}s, and it has {have.get(k, 0):g}" for k in want if want[k] > have.get(k, 0)]
         nodes = sum(node["Alive"] for node in ray.nodes())
         if nodes > 1 and config.replay.host in ("127.0.0.1", "localhost"):

@@ -25,6 +25,7 @@ from replay.security import Security, flight_client
 from replay.writers import FlightWriter
 
 if TYPE_CHECKING:
+    from learners.distributed import Group, Rendezvous
     from replay.server import ShardServer  # they compile kernels, which head and actors have no use for
     from replay.shard import Shard
 
@@ -69,7 +70,8 @@ class ShardWorker:
         self, config: RunConfig, schema: str, index: int, run: str, incarnation: int, security: Security
     ) -> None:
         self._config = config
-        self._spec = parts.shard_spec(config, StepSchema.from_json(schema), index, run=run, incarnation=incarnation)
+        rows = parts.row_schema(config, StepSchema.from_json(schema))
+        self._spec = parts.shard_spec(config, rows, index, run=run, incarnation=incarnation)
         self._security = security
         self._server: ShardServer | None = None
         # Imported, its compiled loops with it, while the other processes start.
@@ -176,10 +178,11 @@ class ActorWorker:
         """Connect to the shards at these addresses and begin to step. Returns what `_process` does."""
         chosen = [addresses[i] for i in parts.shards_of_actor(self._config, self._index)]
         name = parts.writer_name(self._index, self._incarnation)
+        rows = parts.row_schema(self._config, self._schema)
         self._writers = [
             FlightWriter(
                 address,
-                self._schema,
+                rows,
                 name=name,
                 message_rows=self._config.actors.rows_per_write,  # the limiter lets a message in as a whole
                 connect=partial(flight_client, security=self._security),
@@ -234,49 +237,103 @@ class ActorWorker:
 
 @ray.remote
 class LearnerWorker:
-    """Updates the networks and publishes weights."""
+    """Updates the networks; learner 0 publishes their weights, saves their state and tells of them."""
 
-    def __init__(self, config: RunConfig, schema: str, head: Any, incarnation: int, security: Security) -> None:
+    def __init__(
+        self, config: RunConfig, schema: str, rank: int, head: Any, incarnation: int, security: Security
+    ) -> None:
+        """
+        schema: of the environment's steps, as JSON.
+        rank: number of this learner among `learners.count`.
+        incarnation: the same for all learners of a group.
+        """
         from learners.loop import set_threads
 
         self._config = config
-        self._schema = StepSchema.from_json(schema)
+        self._rows = parts.row_schema(config, StepSchema.from_json(schema))
+        self._rank = rank
         self._head = head
         self._incarnation = incarnation
         self._security = security
         self._stopping = threading.Event()
+        self._group: Group | None = None
+        self._rendezvous: Rendezvous | None = None
         set_threads(config.learners.cpus, config.learners.threads)
-        self._algorithm = parts.make_algorithm(config, self._schema, incarnation=incarnation)
-        import replay.samplers  # noqa: F401  # while the shards start
+        # What takes time is done while the shards start; in a group the algorithm needs to know its place first.
+        if config.learners.count == 1:
+            self._algorithm = parts.make_algorithm(config, self._rows, incarnation=incarnation)
+        import cluster.prior  # noqa: F401
 
-    def start(self, addresses: list[str], checkpoint: str | None, version: int) -> dict[str, Any]:
-        """Begin to update, from a checkpoint's learner file where one is given. Returns what `_process` does."""
-        from learners.loop import LearnerLoop
+    def rendezvous(self) -> str:
+        """Address at which the learners of a group find each other; of learner 0."""
+        from learners.distributed import Rendezvous
+
+        local = self._config.replay.host in ("127.0.0.1", "localhost")
+        self._rendezvous = Rendezvous("127.0.0.1" if local else ray.util.get_node_ip_address())
+        return self._rendezvous.address
+
+    def start(
+        self, addresses: list[str], checkpoint: str | None, version: int, rendezvous: str | None
+    ) -> dict[str, Any]:
+        """Begin to update, from a checkpoint's learner file where one is given. Returns what `_process` does.
+
+        addresses: of the shards. version: of the first weights published. rendezvous: of the group, where there are several
+        learners.
+        """
+        from cluster.prior import with_prior
         from replay.samplers import stream_sampler
 
-        config = self._config
-        if checkpoint is not None:
+        config, rank = self._config, self._rank
+        if rendezvous is not None:
+            self._join(rendezvous)
+        if checkpoint is not None and rank == 0:
             parts.load_learner(Path(checkpoint), self._algorithm)
+        if self._group is not None:  # whatever one begins with, all begin with
+            self._algorithm.load_state(self._group.broadcast(self._algorithm.state()))
         self._sampler = stream_sampler(
             addresses,
-            self._schema,
-            batch_size=config.learners.batch_size,
+            self._rows,
+            batch_size=config.draw_size,
             security=self._security,
-            window=parts.window(config),
-            prefetch=config.replay.prefetch,
+            window=parts.window(config, self._rows),
+            table=parts.table(config),
+            prefetch=config.prefetch_draws,
             transport=config.replay.transport,
-            seed=parts.seed_of(config, "sampler", 0, self._incarnation),
+            seed=parts.seed_of(config, "sampler", rank, self._incarnation),
         )
-        self._loop = LearnerLoop(
+        seed = parts.seed_of(config, "prior", rank, self._incarnation)
+        self._loop = parts.make_loop(
+            config,
             self._algorithm,
-            self._sampler,
-            publish=lambda version, data: ray.get(self._head.publish.remote(version, data)),
-            publish_every=config.learners.publish_every,
+            with_prior(config, self._rows, self._sampler, seed=seed),
+            publish=self._publish if rank == 0 else None,
             prefetch=2,
             version=version,
+            group=self._group,
         )
         self._updating = _Thread(self._update, name="learner")
         return _process()
+
+    def _join(self, address: str) -> None:
+        """Become one of a group, and make the algorithm for a part of each batch."""
+        from learners.distributed import join
+
+        device = self._config.learners.device
+        if device == "auto":
+            import torch
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._group = join(self._rank, self._config.learners.count, address, device, rendezvous=self._rendezvous)
+        self._algorithm = parts.make_algorithm(
+            self._config, self._rows, incarnation=self._incarnation, group=self._group
+        )
+
+    def _publish(self, version: int, data: bytes) -> None:
+        ray.get(self._head.publish.remote(version, data))
+
+    def observe_returns(self, low: float, high: float) -> None:
+        """As `LearnerLoop.tell_returns`."""
+        self._loop.tell_returns(low, high)
 
     def _update(self) -> None:
         from learners.loop import set_threads
@@ -301,7 +358,10 @@ class LearnerWorker:
             return parts.save_learner(Path(path), self._algorithm, version=int(self._loop.stats()["version"]))
 
     def stop(self, timeout_s: float) -> None:
-        """Stop updating, publish the last weights, and let go of the samples not used; a second call does nothing."""
+        """Stop updating, publish the last weights, and let go of the samples not used; a second call does nothing.
+
+        Learners of a group stop after the same update, once one of them is told to.
+        """
         if self._stopping.is_set():
             return
         self._stopping.set()
@@ -309,6 +369,8 @@ class LearnerWorker:
         if self._updating.error is None:
             self._loop.publish()
         self._sampler.close()
+        if self._group is not None:
+            self._group.close()
 
 
 @ray.remote

@@ -130,7 +130,7 @@ def _service(text: str, chosen: argparse.Namespace) -> Service | None:
     return Service(tuple(addresses), token or None, authority)
 
 
-def _snapshots(text: str) -> list[Snapshot]:
+def snapshots_of(text: str) -> list[Snapshot]:
     """The snapshot that a word names: its place, a checkpoint, or a run, whose newest checkpoint it is then.
 
     Raises:
@@ -166,7 +166,7 @@ def _stats(chosen: argparse.Namespace) -> dict[str, Any]:
         answers = service.ask("stats")
         return {"source": chosen.source, "kind": "service", "shards": answers}
     shards = []
-    for snapshot in _snapshots(chosen.source):
+    for snapshot in snapshots_of(chosen.source):
         header = snapshot.header
         shards.append(
             {
@@ -212,7 +212,7 @@ def _held(source: str, chosen: argparse.Namespace) -> Iterator[list[Snapshot]]:
 
     service = _service(source, chosen)
     if service is None:
-        yield _snapshots(source)
+        yield snapshots_of(source)
     elif chosen.via is not None:
         service.ask("snapshot", {"location": chosen.via})
         yield SnapshotStore(chosen.via).all()

@@ -19,9 +19,10 @@ from cluster import parts
 from cluster.checkpoint import Checkpoint
 from cluster.files import read_json
 from cluster.head import Evaluation, Head, Tick
+from cluster.prior import with_prior
 from cluster.recorder import HEAD, LEARNER, Recorder, replay_folder
 from cluster.runs import RunFolder
-from learners.loop import LearnerLoop, set_threads
+from learners.loop import set_threads
 from replay.samplers import CallSource, Sampler
 from replay.schema import StepSchema
 from replay.shard import Shard
@@ -56,15 +57,16 @@ class SyncRun:
         incarnation = head.counts.incarnation
         set_threads(config.learners.cpus, config.learners.threads)
         schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
+        rows = parts.row_schema(config, schema)
         specs = [
-            parts.shard_spec(config, schema, index, run=folder.path.name, incarnation=incarnation)
+            parts.shard_spec(config, rows, index, run=folder.path.name, incarnation=incarnation)
             for index in range(config.replay.shards)
         ]
         self._shards: list[Shard] = []
         try:
             limiters = specs[0].limiters()  # one for all shards
             self._shards.extend(Shard.from_spec(spec, limiters) for spec in specs)
-            self._assemble(schema, resume)
+            self._assemble(schema, rows, resume)
             self._recorder = Recorder(folder, head, show=show, resume=resume)
         except BaseException:
             self._close_shards()
@@ -74,26 +76,29 @@ class SyncRun:
         self._paused_s = 0.0
         self._first_step: float | None = None
 
-    def _assemble(self, schema: StepSchema, resume: Checkpoint | None) -> None:
-        """Make the learner and the actors."""
+    def _assemble(self, schema: StepSchema, rows: StepSchema, resume: Checkpoint | None) -> None:
+        """Make the learner and the actors; `schema` is that of the environment's steps, `rows` that of the replay's."""
         config, head = self._config, self._head
         incarnation = head.counts.incarnation
-        self._algorithm = parts.make_algorithm(config, schema, incarnation=incarnation)
+        self._algorithm = parts.make_algorithm(config, rows, incarnation=incarnation)
         version = parts.FIRST_VERSION
         if resume is not None:
             version = 1 + parts.load_learner(resume.path / LEARNER, self._algorithm)
             self._restore(resume.path)
-        self._loop = LearnerLoop(
+        window = parts.window(config, rows)
+        sampler = Sampler(
+            [CallSource(shard, window=window) for shard in self._shards],
+            rows,
+            window=window,
+            batch_size=config.draw_size,
+            seed=parts.seed_of(config, "sampler", 0, incarnation),
+            table=parts.table(config),
+        )
+        self._loop = parts.make_loop(
+            config,
             self._algorithm,
-            Sampler(
-                [CallSource(shard, window=parts.window(config)) for shard in self._shards],
-                schema,
-                window=parts.window(config),
-                batch_size=config.learners.batch_size,
-                seed=parts.seed_of(config, "sampler", 0, incarnation),
-            ),
+            with_prior(config, rows, sampler, seed=parts.seed_of(config, "prior", 0, incarnation)),
             publish=self._take_weights,
-            publish_every=config.learners.publish_every,
             prefetch=1,
             version=version,
         )
@@ -204,6 +209,8 @@ class SyncRun:
         )
         self._paused_s = 0.0
         self._recorder.row(self._head.tick(tick))
+        if self._head.return_extent is not None:
+            self._loop.tell_returns(*self._head.return_extent)
 
     def _evaluate(self) -> None:
         config = self._config

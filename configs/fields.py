@@ -40,8 +40,10 @@ class Setting:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values of a `Literal`."""
-        return self.tags or (tuple(str(v) for v in get_args(self.type)) if self.kind is Literal else ())
+        """The values of a `Literal`, or those of a text that have names of their own."""
+        if self.kind is Literal:
+            return self.tags or tuple(str(v) for v in get_args(self.type))
+        return self.tags or tuple(self._extra.get("names", ()))
 
     @property
     def unit(self) -> str:

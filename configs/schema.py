@@ -7,28 +7,32 @@ named, bounded and explained here and nowhere else.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
-Scalar = bool | int | float | str
-Width = Annotated[int, Field(ge=1, le=65_536)]
+from configs.algorithms import Algorithm, AlgorithmSettings, SacSettings
+from configs.conflicts import conflicts
+from configs.settings import Scalar, Settings, setting
 
-
-def setting(default: Any, help: str, *, unit: str, allowed: str | None = None, **bounds: Any) -> Any:
-    """A pydantic field with its help sentence and unit.
-
-    `bounds` are pydantic's (`ge`, `le`, `pattern`, …); `allowed` says in words what a `pattern` lets through.
-    """
-    extra: dict[str, Any] = {"unit": unit} if allowed is None else {"unit": unit, "allowed": allowed}
-    return Field(default, description=help, json_schema_extra=extra, **bounds)
-
-
-class Settings(BaseModel):
-    """Base of every group of settings: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+__all__ = [
+    "ActorsSettings",
+    "Algorithm",
+    "AlgorithmSettings",
+    "CheckpointSettings",
+    "EnvSettings",
+    "EvalSettings",
+    "LearnersSettings",
+    "PriorSettings",
+    "RaySettings",
+    "ReplaySettings",
+    "RunConfig",
+    "SacSettings",
+    "Scalar",
+    "Settings",
+    "StopSettings",
+    "setting",
+]
 
 
 class EnvSettings(Settings):
@@ -43,6 +47,14 @@ class EnvSettings(Settings):
     )
     backend: Literal["auto", "envpool", "gymnasium"] = setting(
         "auto", "Library that builds the environment; auto takes EnvPool where it has the id.", unit="choice"
+    )
+    stack: int = setting(
+        1,
+        "Newest frames of an image observation that the networks see at once; the environment gives single frames, which "
+        "replay stores once.",
+        unit="frames",
+        ge=1,
+        le=64,
     )
     kwargs: dict[str, Scalar] = setting({}, "Arguments passed on to the environment's constructor.", unit="name value")
 
@@ -95,6 +107,24 @@ class ReplaySettings(Settings):
         le=1_048_576,
     )
     min_size: int = setting(5_000, "Steps stored before the first sample is drawn.", unit="steps", ge=1, le=10**11)
+    selector: Literal["uniform", "prioritised"] = setting(
+        "uniform",
+        "How windows are drawn: alike, or by their last error (Schaul et al. 2016, arXiv 1511.05952).",
+        unit="choice",
+    )
+    priority_exponent: float = setting(
+        0.6, "Exponent of a priority in the probability of its window, alpha.", unit="exponent", ge=0.0, le=10.0
+    )
+    importance_exponent: float = setting(
+        0.4,
+        "Exponent of the importance weights of prioritised windows at the start, beta; it rises to 1.",
+        unit="exponent",
+        ge=0.0,
+        le=1.0,
+    )
+    importance_updates: int = setting(
+        1_000_000, "Updates over which the importance exponent rises to 1.", unit="updates", ge=1, le=10**12
+    )
     error_buffer: int | None = setting(
         None,
         "Steps by which inserting may run ahead of sampling, or sampling ahead of inserting, beyond the "
@@ -103,7 +133,7 @@ class ReplaySettings(Settings):
         ge=1,
         le=10**9,
     )
-    prefetch: int = setting(8, "Batches drawn ahead of the learner, over all shards.", unit="batches", ge=1, le=4096)
+    prefetch: int = setting(8, "Batches drawn ahead of the learners, over all shards.", unit="batches", ge=1, le=4096)
     transport: Literal["auto", "local", "flight"] = setting(
         "auto",
         "How the learner reads: local gathers windows from a shard's mapped storage on the same host, flight has the shard "
@@ -135,28 +165,51 @@ class ReplaySettings(Settings):
     )
 
 
-class LearnersSettings(Settings):
-    """The process that draws windows, updates the networks and publishes weights."""
+class PriorSettings(Settings):
+    """Steps of an imported dataset, mixed into every batch (Ball et al. 2023, RLPD, arXiv 2302.02948).
 
-    batch_size: int = setting(256, "Windows in one update.", unit="windows", ge=1, le=1_048_576)
+    Every learner holds the whole dataset in its memory. `learners.updates_per_step` counts updates, so a table of the run is
+    sampled for its own part of each batch alone: samples per insert are those windows, not the dataset's.
+    """
+
+    source: str | None = setting(
+        None,
+        "Dataset: a file of episodes or a folder of them as `millrace replay import` reads them, a snapshot (folder or URI), "
+        "or another run's folder; None mixes nothing in.",
+        unit="path",
+        min_length=1,
+    )
+    share: float = setting(0.5, "Share of each batch that comes from the dataset.", unit="share", gt=0.0, lt=1.0)
+
+
+class LearnersSettings(Settings):
+    """The processes that draw windows, update the networks and publish weights."""
+
+    count: int = setting(
+        1, "Learner processes, data parallel: each takes an equal part of every batch.", unit="processes", ge=1, le=1024
+    )
+    batch_size: int = setting(256, "Windows in one update, over all learners.", unit="windows", ge=1, le=1_048_576)
+    updates_per_call: int = setting(
+        1, "Updates made at once on windows drawn together.", unit="updates", ge=1, le=10_000
+    )
     updates_per_step: float = setting(
         1.0, "Update-to-data ratio: updates per environment step.", unit="updates per step", gt=0.0, le=1000.0
     )
     publish_every: int = setting(20, "Updates between two publications of weights.", unit="updates", ge=1, le=1_000_000)
     device: str = setting(
         "auto",
-        "Torch device of the learner; auto takes CUDA where there is one.",
+        "Torch device of the learners; auto takes CUDA where each can have a GPU of its own.",
         unit="device",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         allowed="auto, cpu, cuda or cuda:<index>",
     )
     threads: int = setting(
-        0, "Torch threads of the learner; 0 takes as many as Ray gave it CPUs.", unit="threads", ge=0, le=1024
+        0, "Torch threads of each learner; 0 takes as many as Ray gave it CPUs.", unit="threads", ge=0, le=1024
     )
-    cpus: float = setting(1.0, "CPUs that Ray sets aside for the learner.", unit="CPUs", ge=0.0, le=1024.0)
+    cpus: float = setting(1.0, "CPUs that Ray sets aside for each learner.", unit="CPUs", ge=0.0, le=1024.0)
     gpus: float | None = setting(
         None,
-        "GPUs that Ray sets aside for the learner; None takes one where the cluster has one and device is not cpu.",
+        "GPUs that Ray sets aside for each learner; None takes one where the cluster has one for each and device is not cpu.",
         unit="GPUs",
         ge=0.0,
         le=64.0,
@@ -164,38 +217,16 @@ class LearnersSettings(Settings):
     compile: bool = setting(
         False, "Compile the update with torch.compile; without a compiler it runs eagerly and says so.", unit="switch"
     )
-
-
-class SacSettings(Settings):
-    """Soft actor-critic (Haarnoja et al. 2018, arXiv 1812.05905)."""
-
-    name: Literal["sac"] = setting("sac", "The algorithm.", unit="choice")
-    discount: float = setting(0.99, "Discount of the return, gamma.", unit="per step", ge=0.0, le=1.0)
-    n_step: int = setting(
-        1,
-        "Steps of reward summed before the value is bootstrapped; the entropy of the steps between is left out.",
-        unit="steps",
-        ge=1,
-        le=1000,
+    graphs: bool = setting(
+        True, "Record the update as a CUDA graph and replay it; without a GPU it has no effect.", unit="switch"
     )
-    hidden: tuple[Width, ...] = setting(
-        (256, 256), "Widths of the hidden layers of policy and critics.", unit="units", min_length=1, max_length=16
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "Arithmetic of matrix products; with bfloat16 parameters, targets and losses stay float32.",
+        unit="choice",
     )
-    policy_lr: float = setting(3e-4, "Adam step size of the policy.", unit="per update", gt=0.0, le=1.0)
-    critic_lr: float = setting(3e-4, "Adam step size of the critics.", unit="per update", gt=0.0, le=1.0)
-    temperature_lr: float = setting(3e-4, "Adam step size of the log temperature.", unit="per update", gt=0.0, le=1.0)
-    initial_temperature: float = setting(
-        1.0, "Temperature alpha before the first update.", unit="reward", gt=0.0, le=1000.0
-    )
-    target_entropy: float | None = setting(
-        None,
-        "Entropy the temperature steers to; None is minus the number of action dimensions.",
-        unit="nats",
-        ge=-1e6,
-        le=1e6,
-    )
-    polyak: float = setting(
-        0.005, "Share of the online critics mixed into their targets at each update, tau.", unit="share", gt=0.0, le=1.0
+    products: Literal["auto", "torch", "onednn"] = setting(
+        "auto", "Library of matrix products on the CPU; auto times both when the learner starts.", unit="choice"
     )
 
 
@@ -262,9 +293,6 @@ class RaySettings(Settings):
     )
 
 
-Algorithm = SacSettings
-
-
 class RunConfig(Settings):
     """Everything that decides a run."""
 
@@ -293,6 +321,7 @@ class RunConfig(Settings):
     algorithm: Algorithm = SacSettings()
     actors: ActorsSettings = ActorsSettings()
     replay: ReplaySettings = ReplaySettings()
+    prior: PriorSettings = PriorSettings()
     learners: LearnersSettings = LearnersSettings()
     eval: EvalSettings = EvalSettings()
     stop: StopSettings = StopSettings()
@@ -305,9 +334,38 @@ class RunConfig(Settings):
         return self.actors.count * self.actors.envs
 
     @property
+    def batch_part(self) -> int:
+        """Windows of one update that each learner takes."""
+        return self.learners.batch_size // self.learners.count
+
+    @property
+    def prior_part(self) -> int:
+        """Windows among `batch_part` that come from the dataset."""
+        return 0 if self.prior.source is None else round(self.prior.share * self.batch_part)
+
+    @property
+    def replay_windows(self) -> int:
+        """Windows of one update, over all learners, that come from the run's own replay."""
+        return self.learners.count * (self.batch_part - self.prior_part)
+
+    @property
+    def draw_size(self) -> int:
+        """Windows that a learner asks the run's own replay for at once.
+
+        Without a dataset those of all updates of a call; beside one the updates' parts are drawn one by one.
+        """
+        own = self.batch_part - self.prior_part
+        return own if self.prior_part else own * self.learners.updates_per_call
+
+    @property
+    def prefetch_draws(self) -> int:
+        """Draws of `draw_size` windows ahead of each learner: `replay.prefetch` batches, at least one draw."""
+        return math.ceil(self.replay.prefetch * (self.batch_part - self.prior_part) / self.draw_size)
+
+    @property
     def samples_per_insert(self) -> float:
-        """Windows drawn per inserted step: the update-to-data ratio times the batch size."""
-        return self.learners.updates_per_step * self.learners.batch_size
+        """Windows drawn from the run's own replay per inserted step: the update-to-data ratio times their number."""
+        return self.learners.updates_per_step * self.replay_windows
 
     @property
     def error_buffer(self) -> int:
@@ -315,63 +373,20 @@ class RunConfig(Settings):
 
         Each side must fit its requests into the room that the other side's limit leaves, or both wait. What is set is judged
         when a run starts (`cluster.parts.check_limits`). Where nothing is, there is room for all that may be under way: one
-        write of each actor, `prefetch` batches and the one in use, and what every shard but the first has leased from the
-        limiter, a write and a batch.
+        write of each actor, the batches drawn ahead and those of the call in use, and what every shard but the first has
+        leased from the limiter, a write and a draw.
         """
         if self.replay.error_buffer is not None:
             return self.replay.error_buffer
         leases = self.replay.shards - 1
         write = max(self.actors.rows_per_write, self.actors.batch_size or self.actors.envs)
         inserts = write * (self.actors.count + leases)
-        samples = self.learners.batch_size * (1 + self.replay.prefetch + leases)
+        draws = self.draw_size * (self.learners.count * self.prefetch_draws + leases)
+        samples = self.replay_windows * self.learners.updates_per_call + draws
         return max(100, 2 * math.ceil((inserts + samples / self.samples_per_insert) / 2))
 
     @model_validator(mode="after")
     def _combinations(self) -> RunConfig:
-        conflicts = list(self._conflicts())
-        if conflicts:
-            raise ValueError("\n".join(conflicts))
+        if found := list(conflicts(self)):
+            raise ValueError("\n".join(found))
         return self
-
-    def _conflicts(self) -> Iterator[str]:
-        """One line for each combination of settings, each legal by itself, that cannot run."""
-        actors, replay, learners, stop = self.actors, self.replay, self.learners, self.stop
-        if actors.batch_size is not None and actors.batch_size > actors.envs:
-            yield f"actors.batch_size ({actors.batch_size}) must not exceed actors.envs ({actors.envs})"
-        if self.mode == "sync" and actors.batch_size not in (None, actors.envs):
-            yield (
-                "actors.batch_size below actors.envs steps in completion order, which mode sync (lock step) rules out; "
-                "leave it unset"
-            )
-        if self.mode == "sync" and self.address is not None:
-            yield "address names a Ray cluster, and mode sync runs without Ray; drop one of the two"
-
-        lanes_per_shard = math.ceil(self.lanes / replay.shards)
-        capacity = 2 * lanes_per_shard * replay.segment_steps * replay.shards
-        if replay.capacity < capacity:
-            yield (
-                f"replay.capacity ({replay.capacity}) is too small: {self.lanes} lanes (actors.count × actors.envs) need "
-                f"two segments of replay.segment_steps ({replay.segment_steps}) each, {capacity} steps; raise the "
-                f"capacity or lower replay.segment_steps"
-            )
-        if replay.min_size > replay.capacity // 2:
-            yield f"replay.min_size ({replay.min_size}) must not exceed half of replay.capacity ({replay.capacity})"
-        if self.algorithm.n_step >= replay.segment_steps:
-            yield (
-                f"algorithm.n_step ({self.algorithm.n_step}) must be below "
-                f"replay.segment_steps ({replay.segment_steps})"
-            )
-
-        if (replay.tls_certificate is None) != (replay.tls_key is None):
-            given, missing = ("certificate", "key") if replay.tls_key is None else ("key", "certificate")
-            yield f"replay.tls_{given} is set and replay.tls_{missing} is not; set both, or neither to go without TLS"
-        elif replay.tls_authority is not None and replay.tls_certificate is None:
-            yield "replay.tls_authority is set and the shards serve without TLS; set replay.tls_certificate and replay.tls_key"
-
-        if self.mode == "cluster" and learners.device.startswith("cuda") and learners.gpus == 0:
-            yield "learners.device names a GPU and learners.gpus is 0: Ray would hide every GPU; leave learners.gpus unset"
-
-        if stop.mean_return is not None and self.eval.every == 0:
-            yield "stop.mean_return is measured by evaluations, and eval.every is 0; set eval.every"
-        if stop.steps is None and stop.wall_s is None and stop.mean_return is None:
-            yield "one of stop.steps, stop.wall_s and stop.mean_return must be set"

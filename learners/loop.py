@@ -1,4 +1,4 @@
-"""The loop around an algorithm: prefetch batches, update, publish weights; and where its time goes."""
+"""The loop around an algorithm: prefetch batches, update, write priorities back, publish weights; and where its time goes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from learners.distributed import Agreement, Group
+from learners.priorities import Importance, Prioritised, WriteBack
+from learners.publisher import Publisher
 from replay.schema import WindowBatch
 
 Staged = TypeVar("Staged")
 POLL_S = 0.25  # longest time that a thread takes to see that the loop has ended
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
+Extent = tuple[float, float]
 
 
-class Sampler(Protocol):
-    """Where batches come from."""
+class Sampler(Prioritised, Protocol):
+    """Where windows come from."""
 
     def sample(self, timeout_s: float) -> WindowBatch:
-        """Blocks for the next batch; raises TimeoutError after `timeout_s`, losing nothing."""
+        """Blocks for the next windows; raises TimeoutError after `timeout_s`, losing nothing."""
         ...
 
     def close(self) -> None: ...
@@ -37,19 +44,36 @@ class Algorithm(Protocol[Staged]):
         """Updates made, over all restarts."""
         ...
 
-    def stage(self, batch: WindowBatch) -> Staged:
-        """The batch on the learner's device; called in the prefetch thread."""
+    def stage(self, batch: WindowBatch, weights: np.ndarray | None = None) -> Staged:
+        """The windows of a call, those of its first update first, on the learner's device; called in the prefetch thread.
+
+        weights: importance weights, float32 (windows,), of prioritised windows, at most 1 in each update; None: all are 1.
+        """
         ...
 
-    def update(self, batch: Staged) -> None: ...
+    def update(self, batch: Staged) -> Tensor | None:
+        """The updates of one call. Where the batch has weights, returns |delta| of its windows, (windows,), on the device."""
+        ...
+
+    def observe_returns(self, low: float, high: float) -> None:
+        """The lowest and highest discounted return that actors have met, called between updates when they have changed."""
+        ...
 
     def check_finite(self) -> None:
-        """Raises FloatingPointError if a loss was not finite."""
+        """Raises FloatingPointError, with the statistics of the batches, if a loss was not finite."""
         ...
 
     def metrics(self) -> dict[str, float]: ...
 
     def policy_bytes(self) -> bytes: ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of everything needed to go on exactly."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Goes on where `state` was taken; raises ValueError, changing nothing, if it is of another algorithm."""
+        ...
 
 
 def set_threads(cpus: float, threads: int) -> int:
@@ -72,51 +96,25 @@ def set_threads(cpus: float, threads: int) -> int:
     return count
 
 
-class _Publisher:
-    """Hands weights to a slow callable in its own thread. Only the newest version waits: it replaces an older one."""
+@dataclass(frozen=True)
+class _Call(Generic[Staged]):
+    """What one call of the algorithm learns from; `windows` where their priorities are wanted."""
 
-    def __init__(self, publish: Callable[[int, bytes], None]) -> None:
-        self._publish = publish
-        self._changed = threading.Condition()
-        self._waiting: tuple[int, bytes] | None = None
-        self._closed = False
-        self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name="publish", daemon=True)
-        self._thread.start()
+    staged: Staged
+    windows: WindowBatch | None
 
-    def put(self, version: int, data: bytes) -> None:
-        with self._changed:
-            self._waiting = (version, data)
-            self._changed.notify()
 
-    def close(self) -> None:
-        """Returns once the newest version is published (or publishing failed)."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _serve(self) -> None:
-        while True:
-            with self._changed:
-                while self._waiting is None and not self._closed:
-                    self._changed.wait()
-                if self._waiting is None:
-                    return
-                (version, data), self._waiting = self._waiting, None
-            try:
-                self._publish(version, data)
-            except BaseException as error:
-                self.error = error
-                return
+def _nowhere(version: int, data: bytes) -> None:
+    pass
 
 
 class LearnerLoop(Generic[Staged]):
-    """Draws batches, updates the algorithm and publishes its weights every `publish_every` updates.
+    """Draws windows, updates the algorithm and publishes its weights every `publish_every` updates.
 
-    `run` does so until told to end, sampling and publishing in threads of their own; `step` does one update with none, in
-    lock step with its caller. The first weights are published as `version` before the first update, each later publication
-    raises the version by one. Weights are checked to be finite before they are published.
+    `run` does so until told to end, sampling and publishing in threads of their own; `step` does one call with none, in
+    lock step with its caller. A call makes `updates_per_call` updates on windows drawn together. The first weights are
+    published as `version` before the first update, each later publication raises the version by one. Weights are checked to
+    be finite before they are published. Learners of a group make the same updates and end after the same one.
     """
 
     def __init__(
@@ -124,12 +122,21 @@ class LearnerLoop(Generic[Staged]):
         algorithm: Algorithm[Staged],
         sampler: Sampler,
         *,
-        publish: Callable[[int, bytes], None],
+        publish: Callable[[int, bytes], None] | None,
         publish_every: int,
         prefetch: int,
         version: int = 0,
+        updates_per_call: int = 1,
+        importance: Importance | None = None,
+        group: Group | None = None,
     ) -> None:
-        """`prefetch` batches wait on the device at most; `version` is that of the first publication."""
+        """
+        publish: takes a version and its weights; None on all learners of a group but the first.
+        prefetch: calls whose windows wait on the device at most.
+        version: that of the first publication.
+        importance: of a prioritised table: windows get weights, and their errors go back as priorities.
+        group: the learners that this one is one of.
+        """
         self._algorithm = algorithm
         self._sampler = sampler
         self._publish_callable = publish
@@ -137,8 +144,15 @@ class LearnerLoop(Generic[Staged]):
         self._next_version = version
         self._published = False
         self._since_publish = 0
-        self._batches: queue.Queue[Staged] = queue.Queue(prefetch)
-        self._publisher: _Publisher | None = None
+        self._updates_per_call = updates_per_call
+        self._importance = importance
+        self._group = group
+        self._write_back = WriteBack(sampler)
+        self._staged = algorithm.updates  # updates whose windows were staged
+        self._told: Extent | None = None  # returns that actors have met, as far as this learner was told
+        self._observed: Extent | None = None  # those that the algorithm knows of
+        self._batches: queue.Queue[_Call[Staged]] = queue.Queue(prefetch)
+        self._publisher: Publisher | None = None
         self._prefetch_error: BaseException | None = None
         self._turn = threading.Condition()
         self._updating = False
@@ -156,38 +170,48 @@ class LearnerLoop(Generic[Staged]):
         """
         ended = threading.Event()
         prefetcher = threading.Thread(target=self._prefetch, args=(ended,), name="prefetch", daemon=True)
-        publisher = self._publisher = _Publisher(self._publish_callable)
+        publisher = self._publisher = Publisher(self._publish_callable or _nowhere)
         self._prefetch_error = None
         self._running_since = time.perf_counter()
         try:
             self._publish_first()
             prefetcher.start()
-            while not until.is_set():
-                batch = self._next(until)
-                if batch is not None:
-                    self._update(batch)
-                if publisher.error is not None:
+            call: _Call[Staged] | None = None
+            while True:
+                call = call or self._next(until)
+                agreed = self._agree(stop=until.is_set() or publisher.error is not None, ready=call is not None)
+                if agreed.stop:
                     break
+                self._observe(agreed.extent)
+                if agreed.ready and call is not None:
+                    self._update(call)
+                    call = None
+            self._write_back.flush()
             self._algorithm.check_finite()
         finally:
             ended.set()
             if prefetcher.is_alive():
                 prefetcher.join()
             publisher.close()
-            self._publisher = None
+            self._publisher = self._waiting_since = None
             self._wall_s, self._running_since = self._wall(), None
         if publisher.error is not None:
             raise publisher.error
 
     def step(self, timeout_s: float = 60.0) -> None:
-        """One update in the calling thread, publication included; raises TimeoutError if no batch came in `timeout_s`."""
+        """One call in the calling thread, publication and priorities included, without a group.
+
+        Raises TimeoutError if no windows came in `timeout_s`.
+        """
         self._running_since = time.perf_counter()
         try:
             self._publish_first()
             self._waiting_since = time.perf_counter()
             batch = self._sampler.sample(timeout_s)
             self._wait_s += time.perf_counter() - self._waiting_since
-            self._update(self._algorithm.stage(batch))
+            self._observe(self._told)
+            self._update(self._stage(batch))
+            self._write_back.flush()
         finally:
             self._waiting_since = None
             self._wall_s, self._running_since = self._wall(), None
@@ -197,16 +221,21 @@ class LearnerLoop(Generic[Staged]):
         start = time.perf_counter()
         self._algorithm.check_finite()
         version = self._next_version
-        data = self._algorithm.policy_bytes()
-        if self._publisher is not None:
-            self._publisher.put(version, data)
-        else:
-            self._publish_callable(version, data)
+        if self._publish_callable is not None:
+            data = self._algorithm.policy_bytes()
+            if self._publisher is not None:
+                self._publisher.put(version, data)
+            else:
+                self._publish_callable(version, data)
         self._next_version = version + 1
         self._published = True
         self._since_publish = 0
         self._publish_s += time.perf_counter() - start
         return version
+
+    def tell_returns(self, low: float, high: float) -> None:
+        """The lowest and highest discounted return that actors have met; the algorithm hears of them before its next update."""
+        self._told = (low, high)
 
     @contextmanager
     def between_updates(self) -> Iterator[None]:
@@ -252,49 +281,84 @@ class LearnerLoop(Generic[Staged]):
         if not self._published:
             self.publish()
 
-    def _update(self, batch: Staged) -> None:
+    def _agree(self, *, stop: bool, ready: bool) -> Agreement:
+        if self._group is None:
+            return Agreement(stop, ready, self._told)
+        start = time.perf_counter()
+        agreed = self._group.agree(stop=stop, ready=ready, extent=self._told)
+        self._wait_s += time.perf_counter() - start
+        return agreed
+
+    @contextmanager
+    def _updates(self) -> Iterator[None]:
+        """The algorithm changes within it; waits for those in `between_updates`."""
         with self._turn:
             self._turn.wait_for(lambda: self._holders == 0)
             self._updating = True
         try:
-            start = time.perf_counter()
-            self._algorithm.update(batch)
-            self._update_s += time.perf_counter() - start
-            self._since_publish += 1
-            if self._since_publish >= self._publish_every:
-                self.publish()
+            yield
         finally:
             with self._turn:
                 self._updating = False
                 self._turn.notify_all()
 
-    def _next(self, until: threading.Event) -> Staged | None:
-        """The next prefetched batch; None when the loop was told to end first. Raises what ended the prefetch thread."""
-        start = self._waiting_since = time.perf_counter()
+    def _observe(self, extent: Extent | None) -> None:
+        if extent is not None and extent != self._observed:
+            with self._updates():
+                self._algorithm.observe_returns(*extent)
+            self._observed = extent
+
+    def _stage(self, batch: WindowBatch) -> _Call[Staged]:
+        count, importance = self._updates_per_call, self._importance
+        first, self._staged = self._staged, self._staged + count
+        if importance is None:
+            return _Call(self._algorithm.stage(batch), None)
+        return _Call(self._algorithm.stage(batch, importance.weights(batch, update=first, calls=count)), batch)
+
+    def _update(self, call: _Call[Staged]) -> None:
+        with self._updates():
+            start, before = time.perf_counter(), self._algorithm.updates
+            delta = self._algorithm.update(call.staged)
+            if call.windows is not None and delta is not None:
+                self._write_back.put(call.windows, delta)
+            self._update_s += time.perf_counter() - start
+            self._since_publish += self._algorithm.updates - before
+            if self._since_publish >= self._publish_every:
+                self.publish()
+
+    def _next(self, until: threading.Event) -> _Call[Staged] | None:
+        """The next prefetched windows; None when the loop was told to end first, and in a group when none have come for a
+        while, so that the others can be told. Raises what ended the prefetch thread."""
+        start = time.perf_counter()
+        if self._waiting_since is None:
+            self._waiting_since = start
         try:
             while not until.is_set():
                 error = self._prefetch_error  # read before the queue: batches sampled before the error are used first
                 try:
-                    return self._batches.get(timeout=0.0 if error else POLL_S)
+                    call = self._batches.get(timeout=0.0 if error else POLL_S)
+                    self._waiting_since = None
+                    return call
                 except queue.Empty:
                     if error is not None:
                         raise error from None
+                    if self._group is not None:
+                        return None
             return None
         finally:
-            self._waiting_since = None
             self._wait_s += time.perf_counter() - start
 
     def _prefetch(self, ended: threading.Event) -> None:
         try:
             while not ended.is_set():
                 try:
-                    batch = self._algorithm.stage(self._sampler.sample(POLL_S))
+                    call = self._stage(self._sampler.sample(POLL_S))
                 except TimeoutError:
                     continue
                 # A batch that finds no room when the loop ends stays out: the sampler has drawn it, nobody learns from it.
                 while not ended.is_set():
                     try:
-                        self._batches.put(batch, timeout=POLL_S)
+                        self._batches.put(call, timeout=POLL_S)
                         break
                     except queue.Full:
                         pass

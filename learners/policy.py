@@ -1,82 +1,105 @@
-"""The squashed Gaussian policy as actors run it: numpy alone, so an actor process never imports torch.
+"""The acting policies: what a rollout asks of one, and which one an algorithm's settings name.
 
-At 8 environments (two hidden layers of 256, one thread) numpy takes about half of torch's time per call, at 64 the same; and
-importing torch takes 1.3 s and 190 MB more.
+Actors evaluate them with numpy alone, but for the convolutions of those that see frames (`learners.acting_torch`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
+from numpy.typing import NDArray
 
-from learners.observations import ObservationVector
-from replay.schema import StepSchema
+from configs.algorithms import AlgorithmSettings, CustomSettings, DqnSettings, FlowSettings, R2d2Settings, SacSettings
+from learners.acting_continuous import LOG_STD_MAX, LOG_STD_MIN, BestOfNPolicy, SquashedGaussianPolicy
+from learners.acting_values import GreedyPolicy, Lanes, RecurrentPolicy
+from learners.custom import make_policy
+from replay.schema import Field, StepSchema
 
-LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # where log sigma is squashed to
+__all__ = [
+    "LOG_STD_MAX",
+    "LOG_STD_MIN",
+    "STATE",
+    "BestOfNPolicy",
+    "GreedyPolicy",
+    "Lanes",
+    "Policy",
+    "RecurrentPolicy",
+    "SquashedGaussianPolicy",
+    "acting_policy",
+    "row_schema",
+]
+
+STATE = "state"  # field of a recurrent policy's state before the step
 
 
-class SquashedGaussianPolicy:
-    """Acts with weights that `Sac.policy_bytes` wrote. Not for several threads at once: it reuses its buffers."""
-
-    def __init__(self, schema: StepSchema, hidden: tuple[int, ...]) -> None:
-        """`hidden` are the widths of the policy's hidden layers, as in the algorithm's settings."""
-        self._observations = ObservationVector(schema)
-        self._action_dim = int(np.prod(schema.action.shape, dtype=np.int64))
-        self._widths = (self._observations.size, *hidden, 2 * self._action_dim)
-        self._layers: list[tuple[np.ndarray, np.ndarray]] = []
-        self._values: list[np.ndarray] = []
+class Policy(Protocol):
+    """Decides in many lanes at once. What a lane remembers between decisions is the caller's, `actors.agent.Agent`."""
 
     @property
-    def loaded(self) -> bool:
-        """Whether weights have been loaded."""
-        return bool(self._layers)
+    def chunk(self) -> int:
+        """Actions that one decision chooses, to be taken one after the other."""
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of the recurrent state of a lane; 0 for none."""
 
     def load(self, data: bytes) -> None:
-        """Takes weights from a safetensors buffer; raises ValueError, keeping the old ones, if they do not fit."""
-        expected: dict[str, tuple[int, ...]] = {}
-        for i, (inputs, outputs) in enumerate(zip(self._widths, self._widths[1:], strict=False)):
-            expected[f"{i}.weight"], expected[f"{i}.bias"] = (inputs, outputs), (outputs,)
-        try:
-            tensors = load(data)
-        except SafetensorError as error:
-            raise ValueError(
-                f"expected policy weights as a safetensors buffer, got {len(data)} bytes: {error}"
-            ) from error
-        got = {name: tensor.shape for name, tensor in tensors.items()}
-        if got != expected or any(tensor.dtype != np.float32 for tensor in tensors.values()):
-            raise ValueError(
-                f"expected float32 policy weights {expected}, got {got}: "
-                "actor and learner must have the same environment and algorithm.hidden"
-            )
-        self._layers = [(tensors[f"{i}.weight"], tensors[f"{i}.bias"]) for i in range(len(self._widths) - 1)]
+        """Takes the weights of one safetensors buffer.
+
+        Raises:
+            ValueError: they are another policy's; the old weights are kept.
+        """
 
     def act(
-        self, observation: Mapping[str, np.ndarray], *, deterministic: bool, generator: np.random.Generator
-    ) -> np.ndarray:
-        """Actions (n, action_dim) float32 in [-1, 1] for observation fields (n, *shape) by name.
+        self,
+        observation: dict[str, NDArray[Any]],
+        lanes: Lanes | None = None,
+        *,
+        deterministic: bool,
+        generator: np.random.Generator,
+    ) -> NDArray[Any]:
+        """Chunks of actions (batch, chunk, action_dim) float32 in [−1, 1], or (batch, chunk) numbers of discrete actions.
 
-        Deterministic actions are tanh of the mean and draw nothing from `generator`. Raises RuntimeError before `load`.
+        Args:
+            observation: fields (batch, *shape) by name; large ones (frames) are (batch, stack, *shape).
+            lanes: of each observation; None stands for first lanes at an episode's start.
+            deterministic: act without noise for exploration.
+            generator: of the noise.
+
+        Raises:
+            RuntimeError: no weights were loaded yet.
         """
-        if not self._layers:
-            raise RuntimeError("the policy has no weights yet; load() a published version first")
-        count = len(next(iter(observation.values()), ()))
-        if not self._values or len(self._values[0]) != count:
-            self._values = [np.empty((count, width), np.float32) for width in self._widths]
-        self._observations.write(observation, self._values[0])
-        for i, (weight, bias) in enumerate(self._layers):
-            value = np.matmul(self._values[i], weight, out=self._values[i + 1])
-            value += bias
-            if i + 1 < len(self._layers):
-                np.maximum(value, 0.0, out=value)
-        mean, raw = np.split(self._values[-1], 2, axis=1)
-        if deterministic:
-            action: np.ndarray = np.tanh(mean)
-            return action
-        half = 0.5 * (LOG_STD_MAX - LOG_STD_MIN)
-        sigma = np.exp(half * np.tanh(raw) + (LOG_STD_MIN + half))
-        noise = generator.standard_normal(mean.shape, np.float32)
-        action = np.tanh(mean + sigma * noise)
-        return action
+
+
+def acting_policy(schema: StepSchema, settings: AlgorithmSettings, *, stack: int = 1) -> Policy:
+    """The policy that an algorithm learns, without weights.
+
+    Args:
+        schema: of the environment's steps.
+        settings: of the algorithm.
+        stack: frames that the networks see at once, `env.stack`.
+
+    Raises:
+        ValueError: the policy cannot act in such an environment, or a class of the user's is no policy.
+    """
+    match settings:
+        case SacSettings():
+            return SquashedGaussianPolicy(schema, settings, stack=stack)
+        case FlowSettings():
+            return BestOfNPolicy(schema, settings, stack=stack)
+        case R2d2Settings():  # before DqnSettings, which it extends
+            return RecurrentPolicy(schema, settings, stack=stack)
+        case DqnSettings():
+            return GreedyPolicy(schema, settings, stack=stack)
+        case CustomSettings():
+            own: Policy = make_policy(schema, settings, stack=stack)
+            return own
+    raise ValueError(f"expected the settings of an algorithm, got {type(settings).__name__}")
+
+
+def row_schema(schema: StepSchema, policy: Policy) -> StepSchema:
+    """The rows that actors write: the environment's steps and, where the policy is recurrent, its state before each."""
+    if not policy.state_size:
+        return schema
+    return schema.with_extra(Field(STATE, "float32", (policy.state_size,)))

@@ -28,6 +28,8 @@ class Field:
     name: str
     dtype: str  # numpy name: "float32", "uint8", …
     shape: tuple[int, ...] = ()
+    # Of a discrete action, how many there are; 0 elsewhere. Data that do not tell (imported ones) fit all the same.
+    choices: int = field(default=0, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -69,8 +71,15 @@ class StepSchema:
     storage keeps together; the large fields of a row lie together in a file of their own.
     """
 
-    def __init__(self, observation: Mapping[str, Field], action: Field) -> None:
-        """`observation` maps each field name (`observation` or `observation/<key>`) to its field; `action` is named `action`."""
+    def __init__(self, observation: Mapping[str, Field], action: Field, extra: Sequence[Field] = ()) -> None:
+        """`observation` maps each field name (`observation` or `observation/<key>`) to its field; `action` is named `action`.
+
+        `extra` are further fields of a row, whatever their names but these: a recurrent policy stores its state so.
+
+        Raises:
+            SchemaError: two fields have one name, or an extra one that of an observation.
+        """
+        self.extra: tuple[Field, ...] = tuple(extra)
         self.fields: tuple[Field, ...] = (
             *observation.values(),
             action,
@@ -79,7 +88,11 @@ class StepSchema:
             Field("is_first", "bool"),
             Field("is_last", "bool"),
             Field("is_terminal", "bool"),
+            *self.extra,
         )
+        names = [f.name for f in self.fields]
+        if len(set(names)) != len(names) or any(f.name.split("/")[0] == OBSERVATION for f in self.extra):
+            raise SchemaError(f"expected different names, extra ones not those of observations; received {names}")
 
     @property
     def observations(self) -> tuple[Field, ...]:
@@ -89,6 +102,10 @@ class StepSchema:
     @property
     def action(self) -> Field:
         return next(f for f in self.fields if f.name == "action")
+
+    def with_extra(self, *fields: Field) -> StepSchema:
+        """This schema and further fields of a row, behind the others."""
+        return StepSchema({f.name: f for f in self.observations}, self.action, (*self.extra, *fields))
 
     @cached_property
     def large(self) -> tuple[Field, ...]:
@@ -148,14 +165,17 @@ class StepSchema:
 
     def to_json(self) -> str:
         """The schema as text, as it stands in Arrow metadata and in files."""
-        return json.dumps([[f.name, f.dtype, list(f.shape)] for f in self.fields])
+        return json.dumps([[f.name, f.dtype, list(f.shape), *([f.choices] if f.choices else [])] for f in self.fields])
 
     @classmethod
     def from_json(cls, text: str) -> StepSchema:
         """The schema that `to_json` wrote."""
-        fields = [Field(str(name), str(dtype), tuple(shape)) for name, dtype, shape in json.loads(text)]
+        fields = [
+            Field(str(name), str(dtype), tuple(shape), *choices) for name, dtype, shape, *choices in json.loads(text)
+        ]
         observation = {f.name: f for f in fields if f.name.split("/")[0] == OBSERVATION}
-        schema = cls(observation, next(f for f in fields if f.name == "action"))
+        action = next(f for f in fields if f.name == "action")
+        schema = cls(observation, action, fields[len(cls(observation, action).fields) :])
         if schema.fields != tuple(fields):
             raise SchemaError(f"not a step schema: {text}")
         return schema

@@ -7,6 +7,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from numpy.typing import NDArray
+
+from actors.protocol import EnvStep
+from replay.schema import Field, StepSchema
 
 
 class Counter(gymnasium.Env[Any, Any]):
@@ -86,6 +90,76 @@ class Camera(gymnasium.Env[Any, Any]):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         return self._observe(int(action)), float(action), False, False, {}
+
+
+class Scripted:
+    """A `VectorEnv` whose lanes play episodes of random lengths and ends, in random order where `batch_size < num_envs`.
+
+    Observes [lane, episode, step], as frames too if asked; the reward of step t (from 1) is t. The actions are [lane, episode,
+    step of the decision, place in the chunk, policy version], which `Clockwork` chooses. One end in three is terminal, one is
+    truncated, and one breaks.
+    """
+
+    def __init__(self, num_envs: int, batch_size: int, *, longest: int, seed: int, frames: bool = False) -> None:
+        self.num_envs, self.batch_size = num_envs, batch_size
+        fields = [Field("observation/state", "float32", (3,))]
+        if frames:
+            fields.append(Field("observation/frame", "uint8", (64, 64)))
+        self.schema = StepSchema({f.name: f for f in fields}, Field("action", "float32", (5,)))
+        self._longest, self._frames = longest, frames
+        self._generator = np.random.default_rng(seed)
+        self.broken: set[tuple[int, int]] = set()  # (lane, episode) of those that broke
+
+    def start(self) -> None:
+        self._episode = np.full(self.num_envs, -1)
+        self._step = np.zeros(self.num_envs, np.int64)
+        self._length = np.zeros(self.num_envs, np.int64)
+        self._over = np.ones(self.num_envs, np.bool_)
+        self._waiting = list(range(self.num_envs))
+
+    def recv(self) -> EnvStep:
+        if self.batch_size < self.num_envs:
+            self._generator.shuffle(self._waiting)
+        lanes = np.array(self._waiting[: self.batch_size], np.int32)
+        del self._waiting[: self.batch_size]
+        reset = self._over[lanes]
+        begun = lanes[reset]
+        self._episode[begun] += 1
+        self._step[begun] = 0
+        self._length[begun] = self._generator.integers(1, self._longest + 1, len(begun))
+        self._step[lanes[~reset]] += 1
+        ends = ~reset & (self._step[lanes] == self._length[lanes])
+        kind = self._generator.integers(3, size=len(lanes))
+        broken = ends & (kind == 2)
+        self._over[lanes] = ends
+        self.broken |= {(int(lane), int(self._episode[lane])) for lane in lanes[broken]}
+        seen = np.stack([lanes, self._episode[lanes], self._step[lanes] - broken], 1)
+        observation: dict[str, NDArray[Any]] = {"observation/state": seen.astype(np.float32)}
+        if self._frames:
+            shade = (seen @ [89, 23, 1]) % 251
+            observation["observation/frame"] = np.tile(shade[:, None, None], (1, 64, 64)).astype(np.uint8)
+        return EnvStep(
+            env_id=lanes,
+            observation=observation,
+            reward=self._step[lanes].astype(np.float32),
+            terminated=ends & (kind == 0),
+            truncated=ends & (kind > 0),
+            reset=reset,
+            broken=broken,
+        )
+
+    def send(self, action: NDArray[Any], env_id: NDArray[np.int32]) -> None:
+        assert action.shape == (len(env_id), *self.schema.action.shape)
+        self._waiting += env_id.tolist()
+
+    def sample_actions(self, count: int, generator: np.random.Generator) -> NDArray[Any]:
+        return -np.ones((count, *self.schema.action.shape), np.float32)
+
+    def frame(self, lane: int) -> NDArray[np.uint8]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
 
 
 def make_counter(render_mode: str | None = None, **kwargs: Any) -> Counter:

@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow as pa
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PENDULUM_STEPS = 200  # after which every episode is truncated
@@ -95,8 +97,13 @@ def newest_checkpoint(run: Path) -> Path:
     return max((run / "checkpoints").glob("step_*"))
 
 
+def head_state(checkpoint: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((checkpoint / "head.json").read_text())
+    return found
+
+
 def head_counts(checkpoint: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((checkpoint / "head.json").read_text())["counts"]
+    found: dict[str, Any] = head_state(checkpoint)["counts"]
     return found
 
 
@@ -135,6 +142,22 @@ def session(leader: int) -> list[psutil.Process]:
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return found
+
+
+def minari(path: Path, episodes: list[int], *, width: int = 3, scale: float = 1.0) -> Path:
+    """A Pendulum data set as Minari writes it, of episodes of so many steps, with float64 numbers as MuJoCo gives them."""
+    h5py = pytest.importorskip("h5py")
+    path.mkdir()
+    generator = np.random.default_rng(0)
+    with h5py.File(path / "main_data.hdf5", "w") as file:
+        for number, steps in enumerate(episodes):
+            episode = file.create_group(f"episode_{number}")
+            episode["observations"] = generator.uniform(-1, 1, (steps + 1, width))
+            episode["actions"] = scale * generator.uniform(-1, 1, (steps, 1)).astype("f4")
+            episode["rewards"] = np.full(steps, 1000.0 + number)
+            episode["terminations"] = np.zeros(steps, bool)
+            episode["truncations"] = np.arange(steps) == steps - 1
+    return path
 
 
 class RayCluster:

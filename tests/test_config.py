@@ -94,7 +94,7 @@ def test_defaults_are_within_their_own_bounds() -> None:
 
 @pytest.mark.parametrize("path", PACKAGED, ids=lambda p: p.stem)
 def test_packaged_configs_load_and_set_nothing_twice(path: Path) -> None:
-    config = load_config(path)
+    config: Any = load_config(path)
     assert config.env.id in path.read_text()
 
 
@@ -106,7 +106,7 @@ def test_the_documented_command_line() -> None:
         "--actors.count 4 --actors.envs 64 --replay.shards 2 --env.id HalfCheetah-v4 --seed 1 --mode sync "
         "--stop.steps 300000"
     )
-    config = load_config("configs/pendulum_sac.yaml", flags.split())
+    config: Any = load_config("configs/pendulum_sac.yaml", flags.split())
     assert (config.actors.count, config.actors.envs, config.replay.shards) == (4, 64, 2)
     assert (config.env.id, config.seed, config.mode, config.stop.steps) == ("HalfCheetah-v4", 1, "sync", 300_000)
     assert config.algorithm.policy_lr == 1e-3, "what no flag names stays as the file has it"
@@ -149,7 +149,7 @@ def test_yaml_values(tmp_path: Path) -> None:
         "algorithm: {policy_lr: 3e-4, hidden: [8, 8]}\nstop: {steps: 1e6, wall_s: None}\n"
         "env: {kwargs: {rate: 3e-4, word: 'on', 1: x}}\n",
     )
-    config = load_config(path)
+    config: Any = load_config(path)
     assert config.algorithm.policy_lr == 3e-4
     assert config.algorithm.hidden == (8, 8)
     assert (config.stop.steps, config.stop.wall_s) == (1_000_000, None)
@@ -209,7 +209,10 @@ def test_short_names_find_the_packaged_file_from_any_folder(tmp_path: Path, monk
         ("--algorithm.polyak 0", ["algorithm.polyak: expected a number above 0 and at most 1 [share]"]),
         ("--algorithm.hidden", ["algorithm.hidden: expected a list of 1 to 16 values"]),
         ("--algorithm.hidden 8 0", ["algorithm.hidden.1: expected a whole number from 1 to 65_536, got '0'"]),
-        ("--algorithm.name sca", ["algorithm.name: expected one of sac, got 'sca'; did you mean sac?"]),
+        (
+            "--algorithm.name sca",
+            ["algorithm.name: expected one of sac, flow, dqn, r2d2, custom, got 'sca'; did you mean sac?"],
+        ),
         ("--mode synch", ["mode: expected one of cluster, sync, got 'synch'; did you mean sync?"]),
         ("--learners.compile maybe", ["learners.compile: expected true or false, got 'maybe'"]),
         ("--learners.device gpu", ["learners.device: expected auto, cpu, cuda or cuda:<index>, got 'gpu'"]),
@@ -283,7 +286,21 @@ def test_a_missing_file_names_the_configs_there_are() -> None:
         ("--mode sync --address auto", "address names a Ray cluster"),
         ("--replay.segment_steps 131072", "replay.capacity (1000000) is too small"),
         ("--replay.min_size 600000", "must not exceed half of replay.capacity"),
-        ("--algorithm.n_step 256", "algorithm.n_step (256) must be below replay.segment_steps (256)"),
+        (
+            "--algorithm.target.kind n_step --algorithm.target.length 256",
+            "windows of 256 steps (algorithm.target.length) must be shorter than replay.segment_steps (256)",
+        ),
+        (
+            "--learners.batch_size 255 --learners.count 2",
+            "learners.batch_size (255) must be a multiple of learners.count",
+        ),
+        ("--algorithm.head.kind c51 --learners.count 2", "learners.count (2) needs a value head whose range is fixed"),
+        ("--mode sync --learners.count 2", "learners.count (2) must be 1 in mode sync"),
+        (
+            "--learners.batch_size 4 --prior.source data --prior.share 0.1",
+            "prior.share (0.1) of the 4 windows that each learner takes",
+        ),
+        ("--prior.source data --replay.selector prioritised", "replay.selector prioritised would weigh the two parts"),
         ("--replay.tls_certificate a.pem", "replay.tls_certificate is set and replay.tls_key is not; set both"),
         ("--replay.tls_key a.key", "replay.tls_key is set and replay.tls_certificate is not; set both"),
         ("--replay.tls_authority ca.pem", "replay.tls_authority is set and the shards serve without TLS"),
@@ -356,7 +373,9 @@ scalars = st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=Fal
     st.lists(st.integers(1, 65_536), min_size=1, max_size=4),
 )
 def test_yaml_round_trip(tmp_path_factory: pytest.TempPathFactory, kwargs: dict[str, Any], hidden: list[int]) -> None:
-    config = RunConfig.model_validate({"env": {"kwargs": kwargs}, "algorithm": {"hidden": hidden}, "name": "2024"})
+    config = RunConfig.model_validate(
+        {"env": {"kwargs": kwargs}, "algorithm": {"name": "sac", "hidden": hidden}, "name": "2024"}
+    )
     path = tmp_path_factory.getbasetemp() / "round.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
     assert load_config(path) == config
@@ -386,7 +405,7 @@ def test_nearest() -> None:
     assert nearest("pendulum", ["pendulum_sac", "halfcheetah_sac"]) == "pendulum_sac"
     assert nearest("xyzzy", ["pendulum_sac"]) is None
     assert nearest_path("learner.batch_size", ALL) == "learners.batch_size"
-    assert nearest_path("replay.count", ALL) == "actors.count"
+    assert nearest_path("replay.count", ALL) == "learners.count"
     assert nearest_path("kapacity", ALL) == "replay.capacity"
 
 
@@ -405,3 +424,27 @@ def test_reading_settings_loads_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+# -- what follows from several settings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "draw", "draws", "own", "buffer"),
+    [
+        ("", 256, 8, 256, 100),
+        ("--learners.updates_per_call 3", 768, 3, 256, 100),
+        ("--learners.updates_per_call 64", 64 * 256, 1, 256, 64 + 64 + 64),
+        ("--learners.count 4", 64, 8, 256, 100),
+        ("--learners.count 4 --prior.source data --prior.share 0.25", 48, 8, 192, 100),
+        ("--learners.updates_per_call 64 --prior.source data", 128, 8, 128, 64 + 64 + 8),
+    ],
+)
+def test_draws_follow_from_updates_per_call_learners_and_prior_data(
+    flags: str, draw: int, draws: int, own: int, buffer: int
+) -> None:
+    """Each learner draws the windows of a whole call at once, but beside a dataset; the pace counts the run's own alone."""
+    config = load_config(None, flags.split())
+    assert (config.draw_size, config.prefetch_draws, config.replay_windows) == (draw, draws, own)
+    assert config.samples_per_insert == own
+    assert config.error_buffer == buffer

@@ -16,6 +16,7 @@ from actors.evaluate import MAX_FRAMES, MAX_LANES, Evaluator, evaluate, record
 from actors.protocol import Observation
 from actors.spaces import lane_seeds
 from configs.schema import EnvSettings, Scalar
+from learners.policy import Lanes
 
 OWN = "tests.envs_for_tests:"
 
@@ -23,16 +24,25 @@ OWN = "tests.envs_for_tests:"
 class Still:
     """Always the middle action; fails when asked for anything but a deterministic one."""
 
+    chunk, state_size = 1, 0
+
     def __init__(self, action: Any = (0.0,)) -> None:
         self._action = np.asarray(action)
 
     def load(self, data: bytes) -> None:
         raise AssertionError("evaluation must not change weights")
 
-    def act(self, observation: Observation, *, deterministic: bool, generator: np.random.Generator) -> NDArray[Any]:
+    def act(
+        self,
+        observation: Observation,
+        lanes: Lanes | None = None,
+        *,
+        deterministic: bool,
+        generator: np.random.Generator,
+    ) -> NDArray[Any]:
         assert deterministic
         count = len(next(iter(observation.values())))
-        return np.broadcast_to(self._action, (count, *self._action.shape)).copy()
+        return np.broadcast_to(self._action, (count, 1, *self._action.shape)).copy()
 
 
 @pytest.mark.parametrize("episodes", [1, 10, 40])

@@ -13,7 +13,7 @@ import pytest
 UPDATES = """
 import logging, sys
 import numpy as np, torch
-from configs.schema import SacSettings
+from configs.algorithms import SacSettings
 from learners.sac import Sac
 from replay.schema import Field, StepSchema, WindowBatch
 
@@ -33,7 +33,7 @@ for _ in range(20):
     for learner in learners:
         learner.update(batch)
 eager, compiled = (learner.state() for learner in learners)
-assert eager["critics.steps"] == compiled["critics.steps"] == 20
+assert eager["critic.online.steps"] == compiled["critic.online.steps"] == 20
 print(max((eager[name].double() - compiled[name].double()).abs().max().item() for name in eager))
 """
 

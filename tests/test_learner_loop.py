@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from configs.schema import SacSettings
 from learners.loop import LearnerLoop, set_threads
 from learners.policy import SquashedGaussianPolicy
-from learners.sac import Sac, SacBatch
+from learners.priorities import LEAST_PRIORITY, MOST_PENDING, Importance, WriteBack
+from learners.sac import Sac
+from learners.staging import Batch
 from replay.schema import Field, StepSchema, WindowBatch
 
 SCHEMA = StepSchema({"observation": Field("observation", "float32", (3,))}, Field("action", "float32", (1,)))
@@ -30,22 +33,34 @@ def one_thread() -> Iterator[None]:
 
 
 class Prefilled:
-    """Serves seeded random batches; at number `fault_at` does what `fault` does instead."""
+    """Serves seeded random windows, `size` at a time; at number `fault_at` does what `fault` does instead."""
 
-    def __init__(self, *, fault_at: int = -1, fault: Callable[[WindowBatch], None] | None = None) -> None:
+    def __init__(
+        self, *, size: int = BATCH, fault_at: int = -1, fault: Callable[[WindowBatch], None] | None = None
+    ) -> None:
         self.served = 0
+        self.written: list[tuple[list[int], np.ndarray]] = []  # item ids and their new priorities
+        self._size = size
         self._generator = np.random.default_rng(0)
         self._fault_at, self._fault = fault_at, fault
 
     def sample(self, timeout_s: float) -> WindowBatch:
-        steps = np.zeros((BATCH, 2), SCHEMA.dtype)
-        for name in ("observation", "action", "reward"):
-            steps[name] = self._generator.uniform(-1, 1, steps[name].shape)
-        batch = WindowBatch(steps, np.ones(BATCH, "i4"), np.zeros(BATCH, "i8"), np.zeros(BATCH, "i4"), np.ones(BATCH))
+        size = self._size
+        steps = np.zeros((size, 2), SCHEMA.dtype)
+        for start in range(0, size, BATCH):  # the same windows, whatever the size of the draws
+            for name in ("observation", "action", "reward"):
+                values = steps[name][start : start + BATCH]
+                values[:] = self._generator.uniform(-1, 1, values.shape)
+        item = np.arange(size) + size * self.served
+        probability = (1.0 + item % 5) / 1000.0
+        batch = WindowBatch(steps, np.ones(size, "i4"), item, np.zeros(size, "i4"), probability, size=400)
         if self.served == self._fault_at and self._fault is not None:
             self._fault(batch)
         self.served += 1
         return batch
+
+    def update_priorities(self, batch: WindowBatch, priorities: np.ndarray) -> None:
+        self.written.append((batch.item.tolist(), priorities))
 
     def close(self) -> None:
         pass
@@ -57,6 +72,9 @@ class Empty:
     def sample(self, timeout_s: float) -> WindowBatch:
         time.sleep(timeout_s)
         raise TimeoutError
+
+    def update_priorities(self, batch: WindowBatch, priorities: np.ndarray) -> None:
+        raise AssertionError("nothing was drawn")
 
     def close(self) -> None:
         pass
@@ -80,7 +98,7 @@ class Log:
 
 def make(
     sampler: Prefilled | Empty, publish: Callable[[int, bytes], None], *, publish_every: int = 5, version: int = 0
-) -> tuple[Sac, LearnerLoop[SacBatch]]:
+) -> tuple[Sac, LearnerLoop[list[Batch]]]:
     algorithm = Sac(SCHEMA, SETTINGS, batch_size=BATCH, device="cpu", seed=0)
     loop = LearnerLoop(algorithm, sampler, publish=publish, publish_every=publish_every, prefetch=4, version=version)
     return algorithm, loop
@@ -89,7 +107,7 @@ def make(
 class Running:
     """A loop running in a thread, for the length of a `with`; keeps the error that `run` raised."""
 
-    def __init__(self, loop: LearnerLoop[SacBatch]) -> None:
+    def __init__(self, loop: LearnerLoop[list[Batch]]) -> None:
         self.until = threading.Event()
         self.error: BaseException | None = None
         self._loop = loop
@@ -146,10 +164,11 @@ def test_running_gives_the_updates_that_stepping_gives() -> None:
     until = threading.Event()
 
     class Twenty(Sac):
-        def update(self, batch: WindowBatch | SacBatch) -> None:
-            super().update(batch)
+        def update(self, batches: WindowBatch | Sequence[Batch]) -> Tensor | None:
+            delta = super().update(batches)
             if self.updates == 20:
                 until.set()
+            return delta
 
     log = Log()
     ran = Twenty(SCHEMA, SETTINGS, batch_size=BATCH, device="cpu", seed=0)
@@ -245,7 +264,7 @@ def test_a_broken_loss_stops_the_loop_and_is_never_published() -> None:
         loop.run(threading.Event())
     assert 8 <= algorithm.updates <= 10
     assert log.versions == [0, 1]
-    policy = SquashedGaussianPolicy(SCHEMA, SETTINGS.hidden)
+    policy = SquashedGaussianPolicy(SCHEMA, SETTINGS)
     policy.load(log.published[-1][1])
     action = policy.act(
         {"observation": np.ones((1, 3), np.float32)}, deterministic=True, generator=np.random.default_rng(0)
@@ -261,6 +280,136 @@ def test_a_broken_loss_between_publications_is_raised_when_the_run_ends() -> Non
     with Running(loop) as running:
         wait_for_updates(algorithm, 6)
     assert isinstance(running.error, FloatingPointError)
+
+
+# -- several updates per call, priorities, returns --------------------------------------------------------------------
+
+
+def test_calls_of_several_updates_make_the_updates_of_single_ones() -> None:
+    one, single = make(Prefilled(), Log())
+    for _ in range(24):
+        single.step()
+    log = Log()
+    four = Sac(SCHEMA, SETTINGS, batch_size=BATCH, device="cpu", seed=0, updates_per_call=4)
+    loop = LearnerLoop(
+        four, Prefilled(size=4 * BATCH), publish=log, publish_every=10, prefetch=2, version=3, updates_per_call=4
+    )
+    for _ in range(6):
+        loop.step()
+    assert loop.stats()["updates"] == four.updates == 24
+    theirs = one.state()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in four.state().items())
+    # After updates 0, 12 and 24: the first ends of calls at which ten updates had been made since.
+    assert log.versions == [3, 4, 5]
+
+
+IMPORTANCE = Importance(0.4, 10)
+
+
+def test_importance_weights_follow_the_schedule_and_are_scaled_within_each_update() -> None:
+    assert [IMPORTANCE.exponent(update) for update in (0, 5, 10, 99)] == pytest.approx([0.4, 0.7, 1.0, 1.0])
+    batch = Prefilled(size=2 * BATCH).sample(0.0)
+    weights = IMPORTANCE.weights(batch, update=5, calls=2).reshape(2, BATCH)
+    for row, beta in enumerate((0.7, 0.76)):
+        plain = (400 * batch.probability[row * BATCH : (row + 1) * BATCH]) ** -beta
+        np.testing.assert_allclose(weights[row], plain / plain.max(), rtol=1e-6)
+    whole = IMPORTANCE.weights(batch, update=0)
+    np.testing.assert_array_equal(whole, batch.importance_weights(0.4))
+
+
+class Weighing(Sac):
+    """Keeps the weights it was given, and returns errors of which each tells its window."""
+
+    def __init__(self, updates_per_call: int = 1) -> None:
+        super().__init__(SCHEMA, SETTINGS, batch_size=BATCH, device="cpu", seed=0, updates_per_call=updates_per_call)
+        self.given: list[np.ndarray] = []
+        self.returned: list[np.ndarray] = []
+
+    def stage(self, windows: WindowBatch, weights: np.ndarray | None = None) -> list[Batch]:
+        assert weights is not None
+        self.given.append(weights)
+        return super().stage(windows, weights)
+
+    def update(self, batches: WindowBatch | Sequence[Batch]) -> Tensor | None:
+        delta = super().update(batches)
+        assert delta is not None
+        self.returned.append(delta.numpy().copy())
+        return delta
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_errors_go_back_as_priorities_of_their_windows(threads: bool) -> None:
+    algorithm, sampler = Weighing(2), Prefilled(size=2 * BATCH)
+    loop = LearnerLoop(
+        algorithm, sampler, publish=Log(), publish_every=5, prefetch=3, updates_per_call=2, importance=IMPORTANCE
+    )
+    if threads:
+        with Running(loop) as running:
+            wait_for_updates(algorithm, 12)
+        assert running.error is None
+    else:
+        for _ in range(6):
+            loop.step()
+            assert len(sampler.written) * 2 == algorithm.updates  # at once, on a CPU
+    calls = algorithm.updates // 2
+    assert len(sampler.written) == calls >= 6
+    for number, (items, priorities) in enumerate(sampler.written):
+        assert items == list(range(number * 2 * BATCH, (number + 1) * 2 * BATCH))
+        np.testing.assert_array_equal(priorities, algorithm.returned[number].astype("f8") + LEAST_PRIORITY)
+    # beta is that of the update which the windows are for, also of those staged ahead.
+    again = Prefilled(size=2 * BATCH)
+    for number, weights in enumerate(algorithm.given):
+        np.testing.assert_array_equal(weights, IMPORTANCE.weights(again.sample(0.0), update=2 * number, calls=2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_priorities_come_from_a_gpu_in_order_and_none_is_left_behind() -> None:
+    sampler = Prefilled()
+    write_back = WriteBack(sampler)
+    expected = []
+    for number in range(50):
+        batch = sampler.sample(0.0)
+        delta = torch.full((BATCH,), float(number), device="cuda")
+        write_back.put(batch, delta)
+        delta.zero_()  # the next update writes there
+        expected.append((batch.item.tolist(), [number + LEAST_PRIORITY] * BATCH))
+        assert len(sampler.written) >= number - MOST_PENDING
+    write_back.flush()
+    assert [(items, priorities.tolist()) for items, priorities in sampler.written] == expected
+
+
+def test_an_error_that_is_not_finite_is_not_written_back() -> None:
+    sampler = Prefilled()
+    write_back = WriteBack(sampler)
+    write_back.put(sampler.sample(0.0), torch.tensor([1.0] * (BATCH - 1) + [torch.nan]))
+    assert sampler.written == []
+
+
+def test_uniform_windows_have_no_weights_and_no_priorities() -> None:
+    sampler = Prefilled()
+    _, loop = make(sampler, Log())
+    loop.step()
+    assert sampler.written == []
+
+
+def test_returns_reach_the_algorithm_between_updates_once_for_each_change() -> None:
+    seen: list[tuple[int, float, float]] = []
+
+    class Observing(Sac):
+        def observe_returns(self, low: float, high: float) -> None:
+            seen.append((self.updates, low, high))
+
+    algorithm = Observing(SCHEMA, SETTINGS, batch_size=BATCH, device="cpu", seed=0)
+    loop = LearnerLoop(algorithm, Prefilled(), publish=Log(), publish_every=5, prefetch=1)
+    loop.step()
+    for low, high in ((-1.0, 2.0), (-1.0, 2.0), (-3.0, 2.0)):
+        loop.tell_returns(low, high)
+        loop.step()
+    assert seen == [(1, -1.0, 2.0), (3, -3.0, 2.0)]
+    with Running(loop) as running:
+        loop.tell_returns(-4.0, 5.0)
+        wait_until(lambda: len(seen) == 3)
+    assert running.error is None
 
 
 def test_threads_follow_the_cpus_unless_set() -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow.flight as flight
 import pytest
 
@@ -19,6 +20,7 @@ from cluster.checkpoint import Checkpoints, load_tensors
 from cluster.metrics import read_metrics
 from cluster.runs import RunFolder
 from replay.security import Security, flight_client
+from replay.snapshot import SnapshotStore
 from replay.wire import action
 from tests import runs_for_tests as runs
 from tests.runs_for_tests import RayCluster
@@ -114,6 +116,71 @@ def test_a_run_survives_the_death_of_an_actor_and_of_the_learner(
     assert items == summary["steps"] == runs.head_counts(last)["env_steps"]
     assert summary["updates"] == load_tensors(last / "learner.safetensors")[1]["updates"]
     wait_until_gone(lambda: list(ray_cluster.workers()))
+
+
+def test_two_learners_with_prior_data_survive_the_death_of_one(
+    ray_cluster: RayCluster, start: Started, tmp_path: Path
+) -> None:
+    """All learners go on from the checkpoint, after as many updates, though only one of them has died."""
+    run = tmp_path / "runs" / "a"
+    process = start(
+        "pendulum_sac", *runs.SMALL, *GENTLE, "--name", "a", "--stop.steps", "3000", "--learners.count", "2",
+        "--learners.cpus", "0.5", "--learners.updates_per_call", "2", "--learners.updates_per_step", "0.25",
+        "--prior.source", str(runs.minari(tmp_path / "prior", [300])), "--prior.share", "0.25", "--checkpoints.every_s", "1",
+        "--algorithm.head.kind", "hl_gauss", "--algorithm.head.low", "-1500", "--algorithm.head.high", "1500", cluster=ray_cluster,
+    )  # fmt: skip
+    runs.wait_for(lambda: [c for c in Checkpoints(run / "checkpoints").all() if c.updates], process)
+    assert runs.pids(run).keys() >= {"learner", "learner 1"}
+    os.kill(runs.pids(run)["learner 1"], signal.SIGKILL)
+    ended(process, tmp_path)
+
+    summary = runs.summary(run)
+    assert summary["stop_reason"].endswith("of 3000 environment steps done")
+    assert summary["restarts"] == 1
+    (event,) = runs.events(run, "restart")
+    pattern = r"learner 1 died; 2 new learners go on from update (\d+), (\d+) updates are lost"
+    lost = re.fullmatch(pattern, event["text"])
+    assert lost is not None, event["text"]
+    assert int(lost[1]) > 0
+    assert int(lost[2]) == summary["updates_lost"]
+    last = runs.newest_checkpoint(run)
+    assert summary["updates"] == load_tensors(last / "learner.safetensors")[1]["updates"]
+    made = summary["updates"] + summary["updates_lost"]
+    # What a dead learner had drawn is given back late or never; 24 of the 32 windows are the run's own.
+    assert runs.head_counts(last)["sampled"] >= 24 * summary["updates"]
+    assert made <= 0.25 * (summary["steps"] - 200) + 100
+    wait_until_gone(lambda: list(ray_cluster.workers()))
+
+
+def test_priorities_and_returns_find_their_way_between_the_processes(
+    ray_cluster: RayCluster, start: Started, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "a"
+    settings = {"--env.id": "CartPole-v1", "--algorithm.name": "dqn", "--algorithm.head.kind": "hl_gauss"}
+    settings |= {
+        "--replay.selector": "prioritised",
+        "--learners.batch_size": "32",
+        "--learners.updates_per_step": "0.25",
+    }
+    settings |= {
+        "--replay.min_size": "200",
+        "--actors.random_steps": "200",
+        "--replay.capacity": "16384",
+        "--eval.every": "0",
+    }
+    settings |= {"--stop.steps": "2000", "--name": "a", "--replay.shards": "2"}
+    process = start(
+        *(word for pair in settings.items() for word in pair), "--algorithm.hidden", "16", *GENTLE, cluster=ray_cluster
+    )
+    ended(process, tmp_path)
+    last = runs.newest_checkpoint(run)
+    low, high = runs.head_state(last)["return_extent"]
+    assert low == 1.0  # a pole that falls at once
+    assert 10.0 < high < 100.0
+    for snapshot in SnapshotStore(str(last / "replay")).all():
+        tables = [copied.tables["steps"] for copied in snapshot.copies(range(snapshot.segments.num_rows))]
+        found = [table.priority[table.member] for table in tables if table.priority is not None]
+        assert len(np.unique(np.concatenate(found))) > 100
 
 
 def test_a_private_ray_ends_by_ctrl_c_and_the_run_is_resumed_in_a_cluster_and_ends_by_sigterm(

@@ -18,6 +18,7 @@ from actors.protocol import Observation
 from actors.rollout import Rollout
 from actors.spaces import lane_seeds
 from configs.schema import EnvSettings, Scalar
+from learners.policy import Lanes
 from replay.process import ShardProcess
 from replay.schema import StepSchema
 from replay.security import flight_client
@@ -59,6 +60,8 @@ class Sink:
 class Linear:
     """A policy without noise: each action is a clipped, scaled entry of the observation."""
 
+    chunk, state_size = 1, 0
+
     def __init__(self, schema: StepSchema) -> None:
         self._action = schema.action
         self.calls = 0
@@ -66,12 +69,20 @@ class Linear:
     def load(self, data: bytes) -> None:
         self.gain = np.float32(data)
 
-    def act(self, observation: Observation, *, deterministic: bool, generator: np.random.Generator) -> NDArray[Any]:
+    def act(
+        self,
+        observation: Observation,
+        lanes: Lanes | None = None,
+        *,
+        deterministic: bool,
+        generator: np.random.Generator,
+    ) -> NDArray[Any]:
         self.calls += 1
         values = observation["observation"]
         if self._action.shape:
-            return np.clip(self.gain * values[:, -self._action.shape[0] :], -1, 1)
-        return (self.gain * values[:, 1] < 0).astype(np.int64)
+            action: NDArray[Any] = np.clip(self.gain * values[:, None, -self._action.shape[0] :], -1, 1)
+            return action
+        return (self.gain * values[:, 1:2] < 0).astype(np.int64)
 
 
 def reference(settings: EnvSettings, schema: StepSchema, *, seed: int, steps: int) -> NDArray[Any]:
@@ -88,7 +99,7 @@ def reference(settings: EnvSettings, schema: StepSchema, *, seed: int, steps: in
             row["observation"] = observation
             action = policy.act(
                 {"observation": row["observation"]}, deterministic=True, generator=np.random.default_rng(0)
-            )
+            )[:, 0]
             row["action"], row["is_first"], row["policy_version"] = action, first, 1
             high = getattr(env.action_space, "high", np.ones(1))
             observation, reward, terminated, truncated, _ = env.step(action * high if schema.action.shape else action)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.schema import SacSettings
+from configs.algorithms import SacSettings, TargetSettings
 from learners.networks import Mlp
 from learners.policy import SquashedGaussianPolicy
 from learners.sac import Sac, Squashed
@@ -22,6 +22,9 @@ OBSERVATION_DIM, ACTION_DIM = 5, 3
 SCHEMA = StepSchema(
     {"observation": Field("observation", "float32", (OBSERVATION_DIM,))}, Field("action", "float32", (ACTION_DIM,))
 )
+
+
+THREE_STEPS = TargetSettings(kind="n_step", length=3)
 
 
 @pytest.fixture(autouse=True)
@@ -68,13 +71,13 @@ def test_target_of_a_three_step_window(length: int, terminal: bool, reward: floa
     steps = np.zeros((1, 4), SCHEMA.dtype)
     steps["reward"] = [[1, 2, 4, 8]]
     steps["is_terminal"][0, length] = terminal
-    learner = sac(SacSettings(discount=0.5, n_step=3, hidden=(4,), initial_temperature=0.2), batch_size=1)
+    learner = sac(SacSettings(discount=0.5, target=THREE_STEPS, hidden=(4,), initial_temperature=0.2), batch_size=1)
     # All weights zero but the last biases: the twins say 3 and 7, mean and raw log sigma are 0, so log sigma is -1.5.
     state = learner.state()
     critics = Mlp(2, OBSERVATION_DIM + ACTION_DIM, (4,), 1)
-    for name in ("policy.value", "critics.value", "targets.value"):
+    for name in ("actor.value", "critic.online.value", "critic.target.value"):
         state[name].zero_()
-    critics.layers(state["targets.value"])[-1].bias[:, 0, 0] = torch.tensor([3.0, 7.0])
+    critics.views(state["critic.target.value"])[-1].bias[:, 0, 0] = torch.tensor([3.0, 7.0])
     learner.load_state(state)
     noise = torch.randn((2, ACTION_DIM), generator=torch.Generator().set_state(state["noise"]))[1].double()
     u = math.exp(-1.5) * noise
@@ -98,9 +101,9 @@ def test_stage_takes_the_observation_after_the_window_and_scales_bytes() -> None
     steps["observation/joints"] = np.arange(16, dtype=np.float32).reshape(2, 4, 2)
     steps["observation/camera"][0, 0], steps["observation/camera"][1, 1] = 255, 51
     steps["action"][:, 0, 0] = [0.25, -0.5]
-    learner = Sac(schema, SacSettings(n_step=3, hidden=(4,)), batch_size=2, device="cpu", seed=0)
+    learner = Sac(schema, SacSettings(target=THREE_STEPS, hidden=(4,)), batch_size=2, device="cpu", seed=0)
 
-    staged = learner.stage(windows(steps, [3, 1]))
+    (staged,) = learner.stage(windows(steps, [3, 1]))
 
     expected = [
         [1, 1, 1, 1, 0, 1],
@@ -122,9 +125,9 @@ def test_stage_takes_large_fields_from_beside_the_packed_rows() -> None:
     batch.steps["observation/joints"] = np.arange(16, dtype=np.float32).reshape(2, 4, 2)
     batch.frames[camera.name][:] = np.array([[0, 51, 102, 153], [255, 204, 1, 1]])[..., None, None, None]
 
-    observation = (
-        Sac(schema, SacSettings(n_step=3, hidden=(4,)), batch_size=2, device="cpu", seed=0).stage(batch).observation
-    )
+    settings = SacSettings(target=THREE_STEPS, hidden=(4,), encoder="none")
+    (staged,) = Sac(schema, settings, batch_size=2, device="cpu", seed=0).stage(batch)
+    observation = staged.observation
 
     assert observation.shape == (4, 64 * 64 + 2)
     torch.testing.assert_close(observation[:, :4096].amin(1), torch.tensor([0.0, 1.0, 0.6, 0.8]))
@@ -165,10 +168,10 @@ class PlainSac:
     def __init__(self, settings: SacSettings, state: dict[str, Tensor]) -> None:
         self.settings = settings
         observed_and_acted = OBSERVATION_DIM + ACTION_DIM
-        self.policy = self.networks(Mlp(1, OBSERVATION_DIM, settings.hidden, 2 * ACTION_DIM), state["policy.value"])[0]
+        self.policy = self.networks(Mlp(1, OBSERVATION_DIM, settings.hidden, 2 * ACTION_DIM), state["actor.value"])[0]
         critics = Mlp(2, observed_and_acted, settings.hidden, 1)
-        self.critics = self.networks(critics, state["critics.value"])
-        self.targets = self.networks(critics, state["targets.value"])
+        self.critics = self.networks(critics, state["critic.online.value"])
+        self.targets = self.networks(critics, state["critic.target.value"])
         self.log_temperature = state["log_temperature.value"].clone().requires_grad_()
         critic_parameters = [p for critic in self.critics for p in critic.parameters()]
         self.policy_adam = torch.optim.Adam(self.policy.parameters(), lr=settings.policy_lr)
@@ -181,7 +184,7 @@ class PlainSac:
         networks = []
         for n in range(shape.networks):
             modules: list[nn.Module] = []
-            for layer in shape.layers(flat):
+            for layer in shape.views(flat):
                 linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[2])
                 with torch.no_grad():
                     linear.weight.copy_(layer.weight[n].T)
@@ -240,7 +243,7 @@ class PlainSac:
 
 def difference(shape: Mlp, flat: Tensor, networks: list[nn.Sequential]) -> float:
     largest = 0.0
-    for i, layer in enumerate(shape.layers(flat)):
+    for i, layer in enumerate(shape.views(flat)):
         for n, network in enumerate(networks):
             linear = network[2 * i]
             assert isinstance(linear, nn.Linear)
@@ -251,7 +254,9 @@ def difference(shape: Mlp, flat: Tensor, networks: list[nn.Sequential]) -> float
 
 @pytest.mark.parametrize("n_step", [1, 3])
 def test_twenty_updates_agree_with_a_plain_implementation(n_step: int) -> None:
-    settings = SacSettings(n_step=n_step, hidden=(32, 24), polyak=0.1, discount=0.9)
+    settings = SacSettings(
+        target=TargetSettings(kind="n_step", length=n_step), hidden=(32, 24), polyak=0.1, discount=0.9
+    )
     learner = sac(settings, batch_size=32)
     plain = PlainSac(settings, learner.state())
     before = learner.state()
@@ -262,14 +267,14 @@ def test_twenty_updates_agree_with_a_plain_implementation(n_step: int) -> None:
         plain.update(batch)
     state = learner.state()
     critics = Mlp(2, OBSERVATION_DIM + ACTION_DIM, settings.hidden, 1)
-    assert difference(critics, state["critics.value"], plain.critics) < 1e-5
-    assert difference(critics, state["targets.value"], plain.targets) < 1e-5
+    assert difference(critics, state["critic.online.value"], plain.critics) < 1e-5
+    assert difference(critics, state["critic.target.value"], plain.targets) < 1e-5
     assert (
-        difference(Mlp(1, OBSERVATION_DIM, settings.hidden, 2 * ACTION_DIM), state["policy.value"], [plain.policy])
+        difference(Mlp(1, OBSERVATION_DIM, settings.hidden, 2 * ACTION_DIM), state["actor.value"], [plain.policy])
         < 1e-5
     )
     torch.testing.assert_close(state["log_temperature.value"], plain.log_temperature.detach(), rtol=0, atol=1e-6)
-    for name in ("critics.value", "targets.value", "policy.value", "log_temperature.value"):
+    for name in ("critic.online.value", "critic.target.value", "actor.value", "log_temperature.value"):
         assert (state[name] - before[name]).abs().max() > 1e-3, f"{name} hardly moved, so agreement would mean nothing"
 
 
@@ -305,15 +310,15 @@ def test_state_of_other_networks_is_refused_and_changes_nothing() -> None:
 def test_policy_acts_as_the_torch_network() -> None:
     settings = SacSettings(hidden=(32, 24))
     learner = sac(settings, batch_size=8, seed=4)
-    policy = SquashedGaussianPolicy(SCHEMA, settings.hidden)
+    policy = SquashedGaussianPolicy(SCHEMA, settings)
     observation = np.random.default_rng(0).normal(size=(7, OBSERVATION_DIM)).astype(np.float32)
     with pytest.raises(RuntimeError, match="no weights"):
         policy.act({"observation": observation}, deterministic=True, generator=np.random.default_rng(0))
     policy.load(learner.policy_bytes())
     network = PlainSac(settings, learner.state())
 
-    mean = policy.act({"observation": observation}, deterministic=True, generator=np.random.default_rng(0))
-    noisy = policy.act({"observation": observation}, deterministic=False, generator=np.random.default_rng(9))
+    mean = policy.act({"observation": observation}, deterministic=True, generator=np.random.default_rng(0))[:, 0]
+    noisy = policy.act({"observation": observation}, deterministic=False, generator=np.random.default_rng(9))[:, 0]
     noise = np.random.default_rng(9).standard_normal(mean.shape, np.float32)
 
     with torch.no_grad():
@@ -342,7 +347,7 @@ def test_learns_a_one_step_task() -> None:
         target_entropy=-3.0,
     )
     learner = Sac(schema, settings, batch_size=128, device="cpu", seed=0)
-    policy = SquashedGaussianPolicy(schema, settings.hidden)
+    policy = SquashedGaussianPolicy(schema, settings)
     generator = np.random.default_rng(0)
 
     def goal(observation: np.ndarray) -> np.ndarray:
@@ -352,7 +357,7 @@ def test_learns_a_one_step_task() -> None:
         policy.load(learner.policy_bytes())
         observation = np.random.default_rng(1).uniform(-1, 1, (256, 2)).astype(np.float32)
         action = policy.act({"observation": observation}, deterministic=True, generator=generator)
-        return float(np.sqrt(np.mean((action[:, 0] - goal(observation)) ** 2)))
+        return float(np.sqrt(np.mean((action[:, 0, 0] - goal(observation)) ** 2)))
 
     untrained = error()
     steps = np.zeros((128, 2), schema.dtype)
@@ -394,6 +399,6 @@ def test_a_loss_that_is_not_finite_is_reported_with_the_batch() -> None:
 
 
 def test_windows_of_another_table_are_refused() -> None:
-    learner = sac(SacSettings(hidden=(8,), n_step=3), batch_size=8)
+    learner = sac(SacSettings(hidden=(8,), target=THREE_STEPS), batch_size=8)
     with pytest.raises(SchemaError, match=r"shape \(8, 4\).*got \(8, 2\)"):
         learner.update(random_windows(np.random.default_rng(0), batch=8, n_step=1))

@@ -17,9 +17,8 @@ import numpy as np
 from actors.envpool_env import space_map
 from actors.envs import check_env, make_env
 from actors.rollout import Rollout
+from cluster.parts import make_algorithm, make_policy
 from configs.schema import RunConfig
-from learners.policy import SquashedGaussianPolicy
-from learners.sac import Sac
 from replay.process import ShardProcess
 from replay.security import flight_client
 from replay.shard import ShardSpec
@@ -47,10 +46,8 @@ def bench(config: RunConfig, *, seconds: float) -> dict[str, Any]:
 
 def _measure(config: RunConfig, seconds: float) -> dict[str, Any]:
     envs, schema = config.actors.envs, check_env(config.env)
-    policy = SquashedGaussianPolicy(schema, config.algorithm.hidden)
-    weights = Sac(
-        schema, config.algorithm, batch_size=config.learners.batch_size, device="cpu", seed=config.seed
-    ).policy_bytes()
+    policy = make_policy(config, schema)
+    weights = make_algorithm(config, schema, incarnation=0).policy_bytes()
     spec = ShardSpec(
         schema=schema.to_json(),
         run=f"bench-actors-{os.getpid()}",
@@ -84,6 +81,7 @@ def _measure(config: RunConfig, seconds: float) -> dict[str, Any]:
             rows_per_write=config.actors.rows_per_write,
             write_every_s=config.actors.write_every_s,
             seed=config.seed,
+            stack=config.env.stack,
         )
         rollout.set_policy(1, weights)
         stepped = {**raw_modes, "actor": rollout.step}

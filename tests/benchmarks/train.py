@@ -114,9 +114,9 @@ def _alone(config: RunConfig, seconds: float) -> dict[str, Any]:
     loop = LearnerLoop(
         parts.make_algorithm(config, schema, incarnation=0),
         Sampler(
-            [CallSource(shard, window=parts.window(config))],
+            [CallSource(shard, window=parts.window(config, schema))],
             schema,
-            window=parts.window(config),
+            window=parts.window(config, schema),
             batch_size=config.learners.batch_size,
             seed=0,
         ),

@@ -1,0 +1,75 @@
+"""Settings that are each legal and cannot run together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+
+def conflicts(config: RunConfig) -> Iterator[str]:
+    """One line for each combination of settings, each legal by itself, that cannot run."""
+    actors, replay, learners, stop = config.actors, config.replay, config.learners, config.stop
+    if actors.batch_size is not None and actors.batch_size > actors.envs:
+        yield f"actors.batch_size ({actors.batch_size}) must not exceed actors.envs ({actors.envs})"
+    if config.mode == "sync" and actors.batch_size not in (None, actors.envs):
+        yield (
+            "actors.batch_size below actors.envs steps in completion order, which mode sync (lock step) rules out; "
+            "leave it unset"
+        )
+    if config.mode == "sync" and config.address is not None:
+        yield "address names a Ray cluster, and mode sync runs without Ray; drop one of the two"
+
+    lanes_per_shard = math.ceil(config.lanes / replay.shards)
+    capacity = 2 * lanes_per_shard * replay.segment_steps * replay.shards
+    if replay.capacity < capacity:
+        yield (
+            f"replay.capacity ({replay.capacity}) is too small: {config.lanes} lanes (actors.count × actors.envs) need "
+            f"two segments of replay.segment_steps ({replay.segment_steps}) each, {capacity} steps; raise the "
+            f"capacity or lower replay.segment_steps"
+        )
+    if replay.min_size > replay.capacity // 2:
+        yield f"replay.min_size ({replay.min_size}) must not exceed half of replay.capacity ({replay.capacity})"
+    yield from config.algorithm.conflicts()
+    if config.algorithm.window_steps >= replay.segment_steps:
+        yield (
+            f"windows of {config.algorithm.window_steps} steps (algorithm.target.length) must be shorter than "
+            f"replay.segment_steps ({replay.segment_steps})"
+        )
+
+    if (replay.tls_certificate is None) != (replay.tls_key is None):
+        given, missing = ("certificate", "key") if replay.tls_key is None else ("key", "certificate")
+        yield f"replay.tls_{given} is set and replay.tls_{missing} is not; set both, or neither to go without TLS"
+    elif replay.tls_authority is not None and replay.tls_certificate is None:
+        yield "replay.tls_authority is set and the shards serve without TLS; set replay.tls_certificate and replay.tls_key"
+
+    if learners.batch_size % learners.count:
+        yield (
+            f"learners.batch_size ({learners.batch_size}) must be a multiple of learners.count ({learners.count}): each "
+            "learner takes an equal part"
+        )
+    if learners.count > 1 and config.mode == "sync":
+        yield f"learners.count ({learners.count}) must be 1 in mode sync, which is one process"
+    if learners.count > 1 and config.algorithm.head.is_automatic:
+        yield (
+            f"learners.count ({learners.count}) needs a value head whose range is fixed: each learner would find another "
+            "one in its part of the data; set algorithm.head.low and algorithm.head.high"
+        )
+    elif config.prior.source is not None and not 0 < config.prior_part < config.batch_part:
+        yield (
+            f"prior.share ({config.prior.share:g}) of the {config.batch_part} windows that each learner takes of "
+            f"learners.batch_size ({learners.batch_size}) leaves one of the two parts empty"
+        )
+    if config.prior.source is not None and replay.selector == "prioritised":
+        yield "prior.source is drawn uniformly, and replay.selector prioritised would weigh the two parts apart; use uniform"
+
+    if config.mode == "cluster" and learners.device.startswith("cuda") and learners.gpus == 0:
+        yield "learners.device names a GPU and learners.gpus is 0: Ray would hide every GPU; leave learners.gpus unset"
+
+    if stop.mean_return is not None and config.eval.every == 0:
+        yield "stop.mean_return is measured by evaluations, and eval.every is 0; set eval.every"
+    if stop.steps is None and stop.wall_s is None and stop.mean_return is None:
+        yield "one of stop.steps, stop.wall_s and stop.mean_return must be set"
