@@ -211,7 +211,7 @@ def make_algorithm(
     config: RunConfig, schema: StepSchema, *, incarnation: int, group: Group | None = None
 ) -> Algorithm[Any]:
     """The algorithm with fresh parameters, for the windows of one learner; `schema` is that of the replay's rows."""
-    from learners.updates import Share
+    from learners.staging import Share
 
     made: Algorithm[Any] = _maker(config.algorithm.name)(
         schema,

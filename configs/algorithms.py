@@ -1,7 +1,8 @@
 """The typed settings of the algorithms: value head × target × chain × policy, and the networks they share.
 
 `algorithm.name` names the policy and with it the family: `sac` a squashed Gaussian, `flow` the best of N proposals of a flow,
-`dqn` greedy over discrete actions, `r2d2` the same with a recurrent network. Head, target and chain are chosen inside it.
+`dqn` greedy over discrete actions, `r2d2` the same with a recurrent network; `custom` takes classes of the user's. Head, target
+and chain are chosen inside it.
 """
 
 from __future__ import annotations

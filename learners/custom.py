@@ -6,6 +6,7 @@ The two classes are all that a run needs of an algorithm: what `learners.loop.Le
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from configs.algorithms import CustomSettings
@@ -72,13 +73,14 @@ def _construct(
     arguments: dict[str, Any],
 ) -> Any:
     try:
-        return cls(schema, settings, **arguments)
+        inspect.signature(cls).bind(schema, settings, **arguments)
     except TypeError as error:
         names = ", ".join(f"{name}=" for name in arguments)
         raise ModuleError(
-            f"{what} {path!r}: expected a class that is called as Class(schema, settings, {names}), and calling it raised "
-            f"TypeError: {error}; let it take **_ where it has no use for an argument"
+            f"{what} {path!r}: expected a class that is called as Class(schema, settings, {names}), got one with the signature "
+            f"{inspect.signature(cls)} ({error}); let it take **_ for arguments that it has no use for"
         ) from error
+    return cls(schema, settings, **arguments)
 
 
 def _check_number(what: str, made: Any, name: str, *, least: int) -> None:

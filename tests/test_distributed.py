@@ -20,7 +20,7 @@ from learners.dqn import Dqn
 from learners.flow import Flow
 from learners.loop import LearnerLoop
 from learners.sac import Sac
-from learners.updates import Share
+from learners.staging import Share
 from replay.schema import Field, StepSchema, WindowBatch
 
 SCHEMA = StepSchema({"observation": Field("observation", "float32", (5,))}, Field("action", "float32", (2,)))
