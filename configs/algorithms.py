@@ -149,6 +149,11 @@ class AlgorithmSettings(Settings):
         """Steps of the windows that are drawn."""
         return self.target.length
 
+    @property
+    def labels_per_window(self) -> int:
+        """Steps of a window that have a target of their own."""
+        return 1
+
     def conflicts(self) -> Iterator[str]:
         """One line for each combination that is illegal."""
         head, target, chain = self.head, self.target, self.chain
@@ -303,6 +308,10 @@ class R2d2Settings(DqnSettings):
     @property
     def window_steps(self) -> int:
         return self.burn_in + self.sequence
+
+    @property
+    def labels_per_window(self) -> int:
+        return self.sequence
 
     def conflicts(self) -> Iterator[str]:
         yield from super().conflicts()

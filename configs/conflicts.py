@@ -53,6 +53,11 @@ def conflicts(config: RunConfig) -> Iterator[str]:
         )
     if learners.count > 1 and config.mode == "sync":
         yield f"learners.count ({learners.count}) must be 1 in mode sync, which is one process"
+    if learners.count > 1 and learners.compile:
+        yield (
+            f"learners.compile needs learners.count ({learners.count}) to be 1: what goes between learners is outside of what "
+            "can be compiled"
+        )
     if learners.count > 1 and config.algorithm.head.is_automatic:
         yield (
             f"learners.count ({learners.count}) needs a value head whose range is fixed: each learner would find another "

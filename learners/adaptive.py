@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
@@ -28,12 +29,15 @@ class AdaptiveSupport:
     Recent batches are kept, as many as a refit needs, since a wider bin is fitted on replayed states.
     """
 
-    def __init__(self, settings: HeadSettings, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, settings: HeadSettings, *, labels: int, device: torch.device, dtype: torch.dtype) -> None:
+        """`labels` is their number in one update, over all functions of a chain."""
         self._settings = settings
         self._tracker = SupportTracker(settings)
         self._device, self._dtype = device, dtype
         self._recent: deque[Batch] = deque()
-        self._targets: Tensor | None = None  # values of the last update's labels
+        self._targets = torch.full(
+            (labels,), math.nan, dtype=dtype, device=device
+        )  # values of the last update's labels
         self.refit_error = 0.0  # largest share of the support by which a refit has moved a value
 
     def observe_returns(self, low: float, high: float) -> None:
@@ -49,9 +53,7 @@ class AdaptiveSupport:
 
     def keep(self, values: Tensor) -> None:
         """Copies the target values (K, batch) of an update, for `changed` to look at; part of the update itself."""
-        if self._targets is None:
-            self._targets = torch.empty_like(values)
-        self._targets.copy_(values)
+        self._targets.copy_(values.reshape(-1))
 
     def first(self, reward: Tensor) -> ValueHead:
         """The head to begin with, from the returns seen so far and a batch's rewards (batch,)."""
@@ -61,8 +63,7 @@ class AdaptiveSupport:
     def changed(self, head: ValueHead, critics: Sequence[Critic], inputs: Inputs) -> ValueHead | None:
         """Widens `head` in all `critics` if the data has outgrown it: the new one, or None. Waits for the device."""
         assert isinstance(head, Classification)
-        if self._targets is not None:
-            self._tracker.observe_targets(self._targets)
+        self._tracker.observe_targets(self._targets)
         if not self._tracker.outgrown(head.support):
             return None
         growth = grow(head, self._tracker.needed(), self._settings)

@@ -116,6 +116,8 @@ class Flow(Updates):
         x = torch.cat((now, torch.addcmul(start, time, towards), time), -1)
         carried = self._velocity.network(self._velocity.views, x, frames)
         error = carried.output[0] - towards
+        if batch.weight is not None:  # the actions behind a time limit were never taken
+            error = error * (batch.weight > 0).unsqueeze(-1)
         carried.parameter_gradient((error * (2.0 / error.numel())).unsqueeze(0), self._velocity.grads)
         self._velocity.descend()
 

@@ -14,13 +14,20 @@ WARM_UPS = 3  # before recording, so that libraries have chosen their kernels an
 class Recorded:
     """A function of tensors, given as (nested) tuples, that changes tensors in place and returns nothing.
 
-    It is recorded at the first call. `changed` lists what it changes: warming up calls the function, so these are put back.
-    Arguments are copied to where the recording reads them, and must keep their shapes.
+    It is recorded at the first call. `changed` lists what it changes: warming up calls the function, so these are put back,
+    and `restored` is called to make anew what is derived from them. Arguments are copied to where the recording reads them, and
+    must keep their shapes.
     """
 
-    def __init__(self, function: Callable[..., None], changed: Callable[[], Iterable[Tensor]]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., None],
+        changed: Callable[[], Iterable[Tensor]],
+        restored: Callable[[], None],
+    ) -> None:
         self._function = function
         self._changed = changed
+        self._restored = restored
         self._graph: torch.cuda.CUDAGraph | None = None
         self._held: list[Tensor] = []
 
@@ -45,8 +52,10 @@ class Recorded:
         torch.cuda.current_stream().wait_stream(side)
         for tensor, value in zip(changed, before, strict=True):
             tensor.copy_(value)
+        self._restored()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Of this thread alone: another one may be copying the next batch to the device.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._function(*held)
         self._graph, self._held = graph, list(_tensors(held))
 

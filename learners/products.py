@@ -82,7 +82,7 @@ ONEDNN: Products = _OneDnn()
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> Products:
     """The products called `name`; auto takes the faster on this machine, for float32 and bfloat16 on a CPU."""
-    if name == "onednn" and device.type == "cpu":
+    if name == "onednn" and device.type == "cpu" and dtype != torch.float64:
         return ONEDNN
     if name != "auto" or device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return TORCH

@@ -54,8 +54,10 @@ class SequenceStaging:
         self._device = device
         self._numbers = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
         self._frame_field = frame_field(schema, settings.encoder)
-        self._frame_shape = None if self._frame_field is None else frame_shape(self._frame_field, stack)
-        self._vector = ObservationVector(schema, without=self._frame_field)
+        self._frame_shape = None
+        if self._frame_field is not None:
+            self._frame_shape = frame_shape(self._frame_field, stack if self._frame_field in schema.large else 1)
+        self._vector = ObservationVector(schema, without=self._frame_field, stack=stack)
         self._names = set(schema.packed.names or ()) | {STATE}
 
     def __call__(self, windows: WindowBatch, weights: np.ndarray | None = None) -> list[Sequences]:
@@ -141,8 +143,8 @@ class SequenceStaging:
         source = {name: rows[name].reshape(-1, *rows.dtype[name].shape) for name in rows.dtype.names or ()}
         for name, held in windows.frames.items():
             if self._frame_field is None or name != self._frame_field.name:
-                newest = held[mine][:, :, -1].swapaxes(0, 1)
-                source[name] = newest.reshape(-1, *newest.shape[2:])
+                stacks = held[mine].swapaxes(0, 1)
+                source[name] = stacks.reshape(rows.size, *stacks.shape[2:])
         found = np.empty((rows.size, self._vector.size), self._numbers)
         self._vector.write(source, found)
         return found.reshape(*rows.shape, -1)

@@ -77,7 +77,9 @@ class Staging:
         self.frame_field: Field | None = frame_field(schema, settings.encoder)
         self._vector = ObservationVector(schema, without=self.frame_field, stack=stack)
         self.observation_dim = self._vector.size
-        self.frame_shape = None if self.frame_field is None else frame_shape(self.frame_field, stack)
+        self.frame_shape = None
+        if self.frame_field is not None:
+            self.frame_shape = frame_shape(self.frame_field, stack if self.frame_field in schema.large else 1)
         self.choices = schema.action.choices
         self.action_dim = int(np.prod(schema.action.shape, dtype=np.int64))
         self._is_chunk = settings.target.kind in ("chunk", "decoupled")

@@ -109,7 +109,8 @@ class Updates(ABC):
         self._head: ValueHead = make_head(head, fixed or PROVISIONAL, device=self.device, dtype=self._dtype)
         self._support: AdaptiveSupport | None = None  # where the data decides on the support
         if head.is_automatic:
-            self._support = AdaptiveSupport(head, device=self.device, dtype=self._dtype)
+            labels = settings.chain.length * batch_size * settings.labels_per_window
+            self._support = AdaptiveSupport(head, labels=labels, device=self.device, dtype=self._dtype)
             self._began = False
         self._normaliser: Normaliser | None = None
         if settings.normalise_observations:
@@ -121,7 +122,8 @@ class Updates(ABC):
         self._largest = torch.zeros(len(LARGEST), dtype=self._dtype, device=self.device)
         self._reported = 0
         self._warned = False
-        self._compile = options.get("compile", False)
+        # What goes between learners cannot be compiled.
+        self._compile = options.get("compile", False) and self._share.count == 1
         self._graphs = options.get("graphs", True) and self.device.type == "cuda" and self._share.count == 1
         self._prepare()
 
@@ -129,10 +131,11 @@ class Updates(ABC):
         """Decide how updates run; again when tensors have been replaced."""
         self._run: Callable[[Batch, Noise], None] = self._step
         if self._compile:
+            torch.compiler.reset()  # recompilations are counted over the process, and each growth of a support is one
             self._compiled = torch.compile(self._step, fullgraph=True, dynamic=False)
             self._run = self._try_compiled
         elif self._graphs:
-            self._run = Recorded(self._step, self._everything)
+            self._run = Recorded(self._step, self._everything, self._refresh)
 
     # ------------------------------------------------------------------------------------- what an algorithm brings
 
@@ -252,7 +255,11 @@ class Updates(ABC):
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Copies, on the CPU, of everything needed to go on exactly, by names such as `critic.online.value`."""
+        """Copies, on the CPU, of everything that updates read, by names such as `critic.online.value`.
+
+        The same batches then give the same parameters. (What stands for actions that are missing from a chunk is drawn when a
+        batch is staged, ahead of the updates, and begins anew.)
+        """
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._kept().items()}
         if self._support is not None and isinstance(self._head, Classification):
             bins = [*self._head.support, float(self._head.outputs)]
@@ -262,21 +269,24 @@ class Updates(ABC):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Goes on where `state()` was taken. Raises ValueError, changing nothing, if networks or keys differ."""
         beside = {"noise", "updates"}
+        before: dict[str, Tensor] | None = None
         if self._support is not None:
             beside |= {"support", *self._support.state()}
             if beside <= state.keys():
+                before = self.state()
                 self._take_support(state)
         tensors = self._kept()
         expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         got = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in beside}
         if got != expected or not beside <= state.keys():
+            if before is not None:
+                self._take_support(before)
+                self._fill(before)
             raise ValueError(
                 f"expected learner state {expected} with noise and updates, got {got}: the checkpoint is of another "
                 "algorithm, environment or algorithm.hidden; resume with the settings it was written with"
             )
-        for name, tensor in tensors.items():
-            tensor.copy_(state[name])
-        self._refresh()
+        self._fill(state)
         self._generator.set_state(state["noise"].cpu())
         self.updates = self._reported = int(state["updates"])
         self._sums.zero_()
@@ -336,12 +346,18 @@ class Updates(ABC):
             critic.head = head
         self._prepare()
 
+    def _fill(self, state: Mapping[str, Tensor]) -> None:
+        """Take the parameters of `state`, which must fit."""
+        for name, tensor in self._kept().items():
+            tensor.copy_(state[name])
+        self._refresh()
+
     def _take_support(self, state: Mapping[str, Tensor]) -> None:
         """The support of a checkpoint, and networks of its size, whose parameters are still to be filled in."""
         assert self._support is not None
         low, high, outputs = state["support"].tolist()
         self._support.load_state(state)
-        self._began = True
+        self._began = int(state["updates"]) > 0
         settings = self._settings.head
         bins = (
             settings.bins + int(outputs) - make_head(settings, PROVISIONAL).outputs
@@ -463,7 +479,8 @@ class Updates(ABC):
             lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
             reason = lines[0] if lines else type(error).__name__
             LOG.warning("torch.compile failed, so updates run eagerly: %s", reason)
-            self._run = self._step
+            self._compile = False
+            self._prepare()
             self._run(batch, noise)
 
 
