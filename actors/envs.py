@@ -100,9 +100,10 @@ def _backend(settings: EnvSettings) -> Literal["envpool", "gymnasium"]:
 
 def _check_stack(settings: EnvSettings, schema: StepSchema) -> None:
     if settings.stack > 1 and not schema.large:
+        shapes = ", ".join(f"{field.name} {field.dtype}{list(field.shape)}" for field in schema.observations)
         raise EnvError(
-            f"env.stack ({settings.stack}) stacks frames, fields of at least {LARGE_BYTES} bytes, and {settings.id!r} has "
-            f"{schema}; leave env.stack at 1"
+            f"env.stack ({settings.stack}) stacks frames, which are observation fields of at least {LARGE_BYTES} bytes, and "
+            f"{settings.id} has {shapes}; set env.stack to 1"
         )
 
 

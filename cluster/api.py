@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from configs.algorithms import MAX_SEQUENCES, CustomSettings, DqnSettings
-from configs.load import dump_config
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -61,13 +60,15 @@ def train(
         started: epoch seconds at which the command was started.
 
     Raises:
-        ValueError: the environment is unknown or does not fit the algorithm; actors and learner would wait for each other.
+        ValueError: the environment is unknown or does not fit the algorithm; actors and learner would wait for each other;
+            `prior.source` is no dataset that fits; in mode sync, `learners.device` is not there; a resumed run changes what
+            its networks are made of.
         FileExistsError, FileNotFoundError: the run's folder is there already; the one to resume is not, or has no checkpoint.
         RuntimeError: the run failed; the message says why.
     """
     from actors.envs import check_env
     from cluster.live import Live
-    from cluster.parts import check_limits
+    from cluster.parts import check_device, check_limits
     from cluster.recorder import settings_changed
     from cluster.runs import RunFolder
 
@@ -76,11 +77,17 @@ def train(
     warnings = check_limits(config)
     schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
     check_algorithm(config, schema)
+    if config.prior.source is not None:
+        from cluster.prior import check_source  # it compiles kernels, which no other driver has use for
+
+        config = check_source(config, schema)
+    if config.mode == "sync":  # under Ray the learner may run where there is another device than here
+        check_device(config)
     folder = RunFolder.create(config, command) if resume is None else RunFolder.open(Path(resume))
-    with folder.held(), _stop_signals() as stopping, _removed_unless_begun(folder.path):
+    with folder.held(), _stop_signals() as stopping, _removed_unless_begun(folder.path), ExitStack() as begun:
         checkpoint = None
         if resume is not None:
-            folder, checkpoint = _resumed(folder, config, command)
+            folder, checkpoint = _resumed(folder, config, command, schema, begun)
             warnings += settings_changed(checkpoint.path, folder.config)
         if show is not None:
             for line in warnings:
@@ -99,11 +106,17 @@ def train(
             return Run(folder.path, _run(folder, started, checkpoint, display, stopping))
 
 
-def _resumed(folder: RunFolder, config: RunConfig, command: Sequence[str]) -> tuple[RunFolder, Checkpoint]:
-    """The folder of an earlier run with its new settings, and the checkpoint to go on from."""
+def _resumed(
+    folder: RunFolder, config: RunConfig, command: Sequence[str], schema: StepSchema, begun: ExitStack
+) -> tuple[RunFolder, Checkpoint]:
+    """The folder of an earlier run with its new settings, and the checkpoint to go on from.
+
+    Where `begun` is left by an exception, the settings may be put back (`cluster.resume.settings_kept_with`).
+    """
     from cluster.checkpoint import Checkpoints
-    from cluster.files import write_atomically
     from cluster.recorder import replay_folder
+    from cluster.resume import check_resumable, settings_kept_with
+    from learners.observations import frame_field
 
     path = folder.path
     config = config.model_copy(update={"name": path.name, "root": str(path.parent)})
@@ -116,7 +129,8 @@ def _resumed(folder: RunFolder, config: RunConfig, command: Sequence[str]) -> tu
         raise ValueError(
             f"{checkpoint.path} holds no steps; resume with --no-checkpoints.replay, to begin with an empty replay"
         )
-    write_atomically(path / "config.yaml", dump_config(config).encode())
+    check_resumable(folder.config, config, frames=frame_field(schema, "auto") is not None)
+    begun.enter_context(settings_kept_with(checkpoints, path / "config.yaml", config))
     folder = type(folder)(path, config)
     folder.resumed(command)
     return folder, checkpoint
@@ -141,8 +155,6 @@ def check_algorithm(config: RunConfig, schema: StepSchema) -> None:
         ValueError: the algorithm cannot act in the environment whose steps have this schema, or its networks would need
             what the environment lacks.
     """
-    from replay.schema import LARGE_BYTES
-
     algorithm, env, choices = config.algorithm, config.env, schema.action.choices
     discrete = isinstance(algorithm, DqnSettings)
     custom = isinstance(algorithm, CustomSettings)
@@ -163,12 +175,6 @@ def check_algorithm(config: RunConfig, schema: StepSchema) -> None:
         raise ValueError(
             f"algorithm.target.length: a critic of {length} actions out of {choices} would list {choices}^{length} sequences, "
             f"and at most {MAX_SEQUENCES} are allowed; for {env.id} algorithm.target.length can be at most {most}"
-        )
-    if env.stack > 1 and not schema.large:
-        shapes = ", ".join(f"{field.name} {field.dtype}{list(field.shape)}" for field in schema.observations)
-        raise ValueError(
-            f"env.stack ({env.stack}) stacks frames, which are observation fields of at least {LARGE_BYTES} bytes, and "
-            f"{env.id} has {shapes}; set env.stack to 1"
         )
     if isinstance(algorithm, CustomSettings):
         from learners.custom import load_learner_class, make_policy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,31 @@ def check_limits(config: RunConfig) -> list[str]:
             sample_block=draw,
         )
     except DeadlockError as error:
-        raise ConfigError(str(error)) from None
+        text = str(error)
+        if config.learners.updates_per_call > 1 and draw == config.batch_part * config.learners.updates_per_call:
+            text += (
+                f"; {draw} windows are those of learners.updates_per_call ({config.learners.updates_per_call}) updates, which "
+                "may be lowered as well"
+            )
+        raise ConfigError(text) from None
+
+
+def check_device(config: RunConfig) -> None:
+    """
+    Raises:
+        ValueError: torch does not find `learners.device` on this machine.
+    """
+    device = config.learners.device
+    if not device.startswith("cuda"):
+        return
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(device.partition(":")[2] or 0) >= there:
+        raise ValueError(
+            f"learners.device: expected a device that torch finds on {socket.gethostname()}, received {device}; it finds "
+            f"{there or 'no'} GPU{'s' * (there > 1)} there; set learners.device to cpu, or to auto"
+        )
 
 
 def window(config: RunConfig, schema: StepSchema) -> Window:

@@ -7,7 +7,8 @@ dataset is no part of the run's own replay: no limiter waits for it, no count in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import numpy as np
 
 from cluster import parts
 from cluster.replay_cli import snapshots_of
+from configs.algorithms import R2d2Settings
 from configs.schema import RunConfig
+from learners.policy import STATE
 from replay.datasets import Chunk, files_of, infer_schema, read_chunks
 from replay.imports import import_into_service
 from replay.layout import Layout, TableSpec
@@ -26,10 +29,45 @@ from replay.restore import chains_of, load
 from replay.samplers import CallSource, Sampler
 from replay.schema import SchemaError, StepSchema
 from replay.shard import Shard
-from replay.snapshot import Snapshot
+from replay.snapshot import Snapshot, SnapshotError
 from replay.writers import CallWriter
 
 TOLERANCE = 1e-5  # beyond [-1, 1], of actions that were scaled in float32
+
+
+def check_source(config: RunConfig, schema: StepSchema) -> RunConfig:
+    """Look at `prior.source` before a run starts, for `schema` the steps of its environment.
+
+    Of files only the first rows are read. Returns the settings with the whole path of a local source, for processes that
+    run elsewhere.
+
+    Raises:
+        ValueError, FileNotFoundError: it is no dataset, or one that cannot be read.
+        SchemaError: its fields are others than those of the run's replay.
+    """
+    source = config.prior.source
+    if source is None:
+        return config
+    if "://" not in source:
+        source = str(Path(source).expanduser().absolute())
+        config = config.model_copy(update={"prior": config.prior.model_copy(update={"source": source})})
+    rows = parts.row_schema(config, schema)
+    try:
+        if _is_snapshot(source):
+            _check_fields(config, rows, snapshots_of(source))
+        else:
+            with closing(_of_files(config, rows, files_of([source]))) as chunks:
+                next(chunks, None)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"prior.source: {error}") from error
+    except (SnapshotError, OSError) as error:
+        raise ValueError(f"prior.source {source} cannot be read: {error}") from error
+    except ValueError as error:
+        if str(error).startswith("prior.source"):
+            raise
+        kind = SchemaError if isinstance(error, SchemaError) else ValueError
+        raise kind(f"prior.source: {error}") from error
+    return config
 
 
 def with_prior(config: RunConfig, schema: StepSchema, sampler: Any, *, seed: int) -> Any:
@@ -90,9 +128,7 @@ def _shard(config: RunConfig, schema: StepSchema, segments: int) -> Shard:
 
 
 def _from_snapshots(config: RunConfig, schema: StepSchema, snapshots: list[Snapshot]) -> Shard:
-    for snapshot in snapshots:
-        if snapshot.schema != schema:
-            raise _other_fields(config, schema, snapshot.schema)
+    _check_fields(config, schema, snapshots)
     steps, segments = config.replay.segment_steps, 0
     for snapshot in snapshots:
         rows = snapshot.segments.column("rows").to_numpy()
@@ -107,13 +143,24 @@ def _from_snapshots(config: RunConfig, schema: StepSchema, snapshots: list[Snaps
 
 def _from_files(config: RunConfig, schema: StepSchema, files: list[Path]) -> Shard:
     """Reads the files twice, first to count, so that memory holds the dataset once."""
-    try:
-        count = sum(len(chunk.rows) for chunk in _checked(config, schema, read_chunks(files, schema)))
-    except SchemaError as error:
-        raise _other_fields(config, schema, infer_schema(files[0]), why=str(error)) from error
+    count = sum(len(chunk.rows) for chunk in _of_files(config, schema, files))
     shard = _shard(config, schema, math.ceil(count / config.replay.segment_steps))
     import_into_service(read_chunks(files, schema), [CallWriter(shard)])
     return shard
+
+
+def _check_fields(config: RunConfig, schema: StepSchema, snapshots: Iterable[Snapshot]) -> None:
+    for snapshot in snapshots:
+        if snapshot.schema != schema:
+            raise _other_fields(config, schema, snapshot.schema)
+
+
+def _of_files(config: RunConfig, schema: StepSchema, files: list[Path]) -> Generator[Chunk, None, None]:
+    """The steps of files; raises SchemaError or ValueError where they do not fit, in words that name the setting."""
+    try:
+        yield from _checked(config, schema, read_chunks(files, schema))
+    except SchemaError as error:
+        raise _other_fields(config, schema, infer_schema(files[0]), why=str(error)) from error
 
 
 def _checked(config: RunConfig, schema: StepSchema, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
@@ -135,6 +182,13 @@ def _checked(config: RunConfig, schema: StepSchema, chunks: Iterable[Chunk]) -> 
 
 def _other_fields(config: RunConfig, expected: StepSchema, received: StepSchema, *, why: str = "") -> SchemaError:
     reason = f" ({why})" if why else ""
+    state = {field.name: field for field in received.fields}.get(STATE)
+    if STATE in (field.name for field in expected.extra) and state not in expected.extra:
+        reason += f"; the field {STATE} is that of the policy of algorithm.name {config.algorithm.name}" + (
+            f" with algorithm.recurrent {config.algorithm.recurrent}: take steps of such a run"
+            if isinstance(config.algorithm, R2d2Settings)
+            else ""
+        )
     return SchemaError(
         f"prior.source {config.prior.source} does not fit env.id {config.env.id}: expected {expected}, received "
         f"{received}{reason}"

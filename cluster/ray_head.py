@@ -70,6 +70,7 @@ class HeadWorker:
         self._evaluation: tuple[Any, int, int, bytes] | None = None  # answer, step, version, weights
         self._told_extent: tuple[float, float] | None = None  # of returns, to learner 0, which tells the others
         self._next_episode: dict[str, int] = {}
+        self._next_warning = 0  # of learner 0
         self._first_step_told = False
         self._first_step: float | None = None  # monotonic
         self._finishing = False
@@ -336,6 +337,7 @@ class HeadWorker:
         settings = self._config.learners
         gpus = self._gpus_of_a_learner()
         incarnation = self._incarnation()  # one for all: they draw the same numbers
+        self._next_warning = 0
         for rank in range(settings.count):
             self._children.make(
                 _learner(rank),
@@ -436,12 +438,24 @@ class HeadWorker:
     def _collect(self) -> None:
         """Take in every process's status, and start the dead ones again."""
         after = {name: (index,) for name, index in self._next_episode.items()}
-        failed = self._children.look(after)
+        try:
+            failed = self._children.look({**after, "learner": (self._next_warning,)})
+        finally:  # what the learner warned of may explain why it failed
+            self._tell_warnings()
         for child, why in failed:
             if child.kind != "learner":
                 self._restart(child, why)
         if learners := [(child, why) for child, why in failed if child.kind == "learner"]:
             self._restart_learners(learners)
+
+    def _tell_warnings(self) -> None:
+        """Tell of what learner 0 has warned of since; the others of a group see the same."""
+        status = self._children["learner"].status if "learner" in self._children else {}
+        # A status that came late is looked at again.
+        if status.get("next_warning", 0) > self._next_warning:
+            self._next_warning = status["next_warning"]
+            for line in status["warnings"]:
+                self._recorder.event("warning", f"learner: {line}")
 
     def _tick(self) -> None:
         actors = self._children.statuses("actor")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from cluster import parts
+from cluster.warned import Warned
 from configs.schema import RunConfig
 from replay.schema import StepSchema
 from replay.security import Security, flight_client
@@ -258,10 +259,16 @@ class LearnerWorker:
         self._stopping = threading.Event()
         self._group: Group | None = None
         self._rendezvous: Rendezvous | None = None
+        self._warned = Warned()
         set_threads(config.learners.cpus, config.learners.threads)
-        # What takes time is done while the shards start; in a group the algorithm needs to know its place first.
-        if config.learners.count == 1:
-            self._algorithm = parts.make_algorithm(config, self._rows, incarnation=incarnation)
+        self._unable: Exception | None = None
+        try:
+            parts.check_device(config)
+            # What takes time is done while the shards start; in a group the algorithm needs to know its place first.
+            if config.learners.count == 1:
+                self._algorithm = parts.make_algorithm(config, self._rows, incarnation=incarnation)
+        except Exception as error:  # raised here it would look like a death, after which another learner is tried
+            self._unable = error
         import cluster.prior  # noqa: F401
 
     def rendezvous(self) -> str:
@@ -283,6 +290,8 @@ class LearnerWorker:
         from cluster.prior import with_prior
         from replay.samplers import stream_sampler
 
+        if self._unable is not None:
+            raise self._unable
         config, rank = self._config, self._rank
         if rendezvous is not None:
             self._join(rendezvous)
@@ -342,15 +351,17 @@ class LearnerWorker:
         set_threads(self._config.learners.cpus, self._config.learners.threads)
         self._loop.run(self._stopping)
 
-    def status(self) -> dict[str, Any]:
-        """As `cluster.parts.learner_status`, with the error that ended the updates, if one did."""
+    def status(self, after: int = 0) -> dict[str, Any]:
+        """As `cluster.parts.learner_status`, with the warnings from index `after` on, and the error that ended the updates."""
         failure = self._updating.failure()
+        warnings = self._warned.after(after)
+        told = {"warnings": warnings, "next_warning": after + len(warnings)}
         if not failure:
             try:
-                return parts.learner_status(self._loop)
+                return parts.learner_status(self._loop) | told
             except FloatingPointError as error:  # found before the next publication found it
                 failure = _failure(error)
-        return {**self._loop.stats(), "metrics": {}, "waiting_for": None, **failure}
+        return {**self._loop.stats(), "metrics": {}, "waiting_for": None, **told, **failure}
 
     def save(self, path: str) -> int:
         """Write the learner's state, taken between two updates. Returns the updates made."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from cluster.charts import COLOURS, Chart, Curves, Series, learning_curve_png, time_axis, to_svg
 from cluster.files import read_json, size_text, write_atomically
 from cluster.runs import RunFolder
+from configs.algorithms import CLASSIFICATION
 from configs.schema import RunConfig
 
 __all__ = ["learning_curve_png", "write_report"]
@@ -119,7 +120,7 @@ def write_report(run_folder: Path) -> Path:
             "<h2>Replay and policy lag</h2>",
             _charts(_replay_charts(run.config, curves), "Nothing was measured of the replay service."),
             "<h2>Losses</h2>",
-            _charts(_loss_charts(curves), "No update had been made when the metrics were last written."),
+            _charts(_loss_charts(run.config, curves), "No update had been made when the metrics were last written."),
             "<h2>Where time went</h2>",
             _time_table(curves),
             "<h2>Events</h2>",
@@ -254,6 +255,15 @@ def _over_time(curves: Curves, title: str, unit: str, name: str, **options: Any)
         yield Chart(title, label, unit, [Series("", x, y, colour)], **options)
 
 
+def _together(curves: Curves, title: str, unit: str, names: Mapping[str, tuple[str, str]]) -> Iterator[Chart]:
+    """One chart of several columns over time: `names` maps what a line is called to its column and its colour."""
+    there = {label: found for label, found in names.items() if curves.has(found[0])}
+    if there and curves.has("time_s"):
+        unit_s, label = time_axis(curves.total("time_s") or 0.0)
+        x = curves.running("time_s") / unit_s
+        yield Chart(title, label, unit, [Series(line, x, curves.get(name), c) for line, (name, c) in there.items()])
+
+
 def _throughput_charts(curves: Curves) -> Iterator[Chart]:
     yield from _over_time(curves, "Environment steps per second", "steps/s", "steps_per_s", from_zero=True)
     yield from _over_time(curves, "Updates per second", "updates/s", "updates_per_s", from_zero=True, colour="green")
@@ -271,15 +281,28 @@ def _replay_charts(config: RunConfig, curves: Curves) -> Iterator[Chart]:
     yield from _over_time(curves, "Policy lag", unit, "policy_lag", from_zero=True, colour="purple")
 
 
-def _loss_charts(curves: Curves) -> Iterator[Chart]:
+def _loss_charts(config: RunConfig, curves: Curves) -> Iterator[Chart]:
     critic = curves.get("loss/critic")
     positive = critic[np.isfinite(critic)]
     log = bool(len(positive) and positive.min() > 0 and positive.max() > 30 * positive.min())
-    yield from _over_time(curves, "Critic loss", "mean squared error", "loss/critic", log=log)
+    kind = config.algorithm.head.kind
+    # A head of the user's may measure its loss in anything.
+    unit = "cross-entropy, nats" if kind in CLASSIFICATION else "half the squared error" if kind == "mse" else "loss"
+    yield from _over_time(curves, "Critic loss", unit, "loss/critic", log=log)
+    yield from _over_time(curves, "Loss of the distilled critic", unit, "loss/distilled", colour="purple")
+    unit = "temperature × log-probability − value"
+    yield from _over_time(curves, "Policy loss", unit, "loss/policy", colour="orange")
     yield from _over_time(
-        curves, "Policy loss", "temperature × log-probability − value", "loss/policy", colour="orange"
+        curves, "Loss of the value network", "implicit regression loss", "loss/value", colour="orange"
     )
-    yield from _over_time(curves, "Mean value estimate", "discounted return", "q/mean", colour="green")
+    yield from _over_time(curves, "Flow loss", "squared error of the velocity", "loss/flow", colour="purple")
+    unit = "discounted return"
+    names = {"critics": ("q/mean", "green"), "targets": ("q/target", "orange"), "value network": ("value/mean", "blue")}
+    yield from _together(curves, "Mean value estimate", unit, names)
+    share = {"scale": 100.0, "from_zero": True, "colour": "orange"}
+    yield from _over_time(curves, "Targets outside of the support", "% of targets", "value/clipped_fraction", **share)
+    ends = {"highest value": ("support/high", "blue"), "lowest value": ("support/low", "purple")}
+    yield from _together(curves, "Support of the value head", unit, ends)
     yield from _over_time(curves, "Temperature", "reward per nat", "temperature", colour="purple")
     yield from _over_time(curves, "Policy entropy", "nats", "entropy", colour="blue")
 

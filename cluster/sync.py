@@ -22,6 +22,7 @@ from cluster.head import Evaluation, Head, Tick
 from cluster.prior import with_prior
 from cluster.recorder import HEAD, LEARNER, Recorder, replay_folder
 from cluster.runs import RunFolder
+from cluster.warned import Warned
 from learners.loop import set_threads
 from replay.samplers import CallSource, Sampler
 from replay.schema import StepSchema
@@ -63,12 +64,14 @@ class SyncRun:
             for index in range(config.replay.shards)
         ]
         self._shards: list[Shard] = []
+        self._warned, self._told = Warned(), 0
         try:
             limiters = specs[0].limiters()  # one for all shards
             self._shards.extend(Shard.from_spec(spec, limiters) for spec in specs)
             self._assemble(schema, rows, resume)
             self._recorder = Recorder(folder, head, show=show, resume=resume)
         except BaseException:
+            self._warned.close()
             self._close_shards()
             raise
         self._policy = parts.make_policy(config, schema)
@@ -148,10 +151,12 @@ class SyncRun:
             self._recorder.finish(summary)
             return summary
         except Exception as error:
+            self._tell_warnings()
             who = "learner" if isinstance(error, FloatingPointError) else type(error).__name__
             self._recorder.event("error", f"{who}: {error}", shown=False)
             raise RuntimeError(f"{who}: {error}") from error
         finally:
+            self._warned.close()
             self._recorder.close()
             if self._evaluator is not None:
                 self._evaluator.close()
@@ -209,8 +214,14 @@ class SyncRun:
         )
         self._paused_s = 0.0
         self._recorder.row(self._head.tick(tick))
+        self._tell_warnings()
         if self._head.return_extent is not None:
             self._loop.tell_returns(*self._head.return_extent)
+
+    def _tell_warnings(self) -> None:
+        for line in self._warned.after(self._told):
+            self._told += 1
+            self._recorder.event("warning", f"learner: {line}")
 
     def _evaluate(self) -> None:
         config = self._config

@@ -150,9 +150,20 @@ class AlgorithmSettings(Settings):
         return self.target.length
 
     @property
+    def window_settings(self) -> str:
+        """The settings that `window_steps` comes from."""
+        return "algorithm.target.length"
+
+    @property
     def labels_per_window(self) -> int:
         """Steps of a window that have a target of their own."""
         return 1
+
+    @property
+    def distils(self) -> bool:
+        """Whether the critic of the policy's chunks is another one than that of the windows' chunks."""
+        target = self.target
+        return target.kind == "decoupled" and (self.chunk < target.length or target.distill_expectile != 0.5)
 
     def conflicts(self) -> Iterator[str]:
         """One line for each combination that is illegal."""
@@ -161,8 +172,16 @@ class AlgorithmSettings(Settings):
             yield f"algorithm.head.low ({head.low:g}) must be below algorithm.head.high ({head.high:g})"
         if (head.low is None) != (head.high is None):
             yield "algorithm.head.low and algorithm.head.high must both be set, or both be left to the data"
-        if head.bins > head.max_bins:
-            yield f"algorithm.head.bins ({head.bins}) must not exceed algorithm.head.max_bins ({head.max_bins})"
+        if head.kind == "mse" and (head.low, head.high) != (None, None):
+            yield (
+                "algorithm.head.low and algorithm.head.high are the ends of bins, which algorithm.head.kind mse has none of; "
+                f"leave them out, or take {', '.join(CLASSIFICATION)}"
+            )
+        if head.is_automatic and head.bins > head.max_bins:
+            yield (
+                f"algorithm.head.bins ({head.bins}) must not exceed algorithm.head.max_bins ({head.max_bins}) where "
+                "algorithm.head.low and algorithm.head.high are left to the data"
+            )
         if target.kind == "one_step" and target.length != 1:
             yield (
                 f"algorithm.target.kind one_step has windows of one step, and algorithm.target.length is {target.length}; "
@@ -285,10 +304,10 @@ class DqnSettings(AlgorithmSettings):
 
     def conflicts(self) -> Iterator[str]:
         yield from super().conflicts()
-        if self.dueling and self.head.is_automatic:
+        if self.chain.policy_value == "one":
             yield (
-                f"algorithm.dueling with algorithm.head.kind {self.head.kind} needs algorithm.head.low and algorithm.head.high: "
-                "a support that grows is fitted value by value, and dueling streams share theirs"
+                f"algorithm.chain.policy_value one has no effect with algorithm.name {self.name}, which has no policy that "
+                "climbs a value; leave it out"
             )
         if self.chain.length > 1 and self.chain.copy_every >= self.shift_every:
             yield (
@@ -308,6 +327,10 @@ class R2d2Settings(DqnSettings):
     @property
     def window_steps(self) -> int:
         return self.burn_in + self.sequence
+
+    @property
+    def window_settings(self) -> str:
+        return "algorithm.burn_in + algorithm.sequence"
 
     @property
     def labels_per_window(self) -> int:

@@ -36,7 +36,7 @@ def conflicts(config: RunConfig) -> Iterator[str]:
     yield from config.algorithm.conflicts()
     if config.algorithm.window_steps >= replay.segment_steps:
         yield (
-            f"windows of {config.algorithm.window_steps} steps (algorithm.target.length) must be shorter than "
+            f"windows of {config.algorithm.window_steps} steps ({config.algorithm.window_settings}) must be shorter than "
             f"replay.segment_steps ({replay.segment_steps})"
         )
 
@@ -73,6 +73,12 @@ def conflicts(config: RunConfig) -> Iterator[str]:
 
     if config.mode == "cluster" and learners.device.startswith("cuda") and learners.gpus == 0:
         yield "learners.device names a GPU and learners.gpus is 0: Ray would hide every GPU; leave learners.gpus unset"
+
+    if config.mode == "cluster" and ":" in learners.device:
+        yield (
+            f"learners.device {learners.device} names one GPU, and in mode cluster Ray gives each learner its own; set "
+            "learners.device to cuda"
+        )
 
     if stop.mean_return is not None and config.eval.every == 0:
         yield "stop.mean_return is measured by evaluations, and eval.every is 0; set eval.every"

@@ -126,6 +126,10 @@ class _Check(Generic[Model]):
         origins = self.sources.origins
         below = [p for p in origins if p.startswith(path + ".") and origins[p].startswith("flag ")]
         where = path.rpartition(".")[0] or "the top level"
+        if (elsewhere := self._elsewhere(path)) is not None:
+            for given in below or [path]:
+                self.sources.problem(given, elsewhere)
+            return
         for wrong in below or [path]:
             if isinstance(value, dict) and not below:
                 close = nearest(path, {s.rpartition(".")[0] for s in self.settings} - {""})
@@ -133,6 +137,22 @@ class _Check(Generic[Model]):
                 close = nearest_path(wrong, self.settings)
             hint = f"did you mean {close}? " if close else ""
             self.sources.problem(wrong, f"no such setting; {hint}{where} has {', '.join(model.model_fields)}")
+
+    def _elsewhere(self, path: str) -> str | None:
+        """What to say of a setting that the group has under another of its names; None of one that it never has."""
+        name, _, below = path.partition(".")
+        info = self.model.model_fields.get(name)
+        if info is None or info.discriminator is None or not below:
+            return None
+        tag = str(info.discriminator)
+        having = []
+        for choice in tags(info):
+            there = [setting.path for setting in walk(self.model, {name: {tag: choice}})]
+            if any(p == path or p.startswith(path + ".") for p in there):
+                having.append(choice)
+        return (
+            f"is a setting of {name}.{tag} {', '.join(having)}; set {name}.{tag}, or leave it out" if having else None
+        )
 
     def _explain(self, item: Any) -> None:
         """Note an error of pydantic's."""

@@ -29,8 +29,11 @@ class AdaptiveSupport:
     Recent batches are kept, as many as a refit needs, since a wider bin is fitted on replayed states.
     """
 
-    def __init__(self, settings: HeadSettings, *, labels: int, device: torch.device, dtype: torch.dtype) -> None:
-        """`labels` is their number in one update, over all functions of a chain."""
+    def __init__(
+        self, settings: HeadSettings, *, labels: int, dueling: bool, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """`labels` is their number in one update, over all functions of a chain; `dueling` networks give streams, not values."""
+        self._dueling = dueling
         self._settings = settings
         self._tracker = SupportTracker(settings)
         self._device, self._dtype = device, dtype
@@ -82,7 +85,7 @@ class AdaptiveSupport:
                     return grow_columns(weight, bias, growth.before, growth.after, values=values, offset=offset)
                 if part == "moment":
                     return resample_columns(weight, bias, head, wider, offset=0.0)
-                fitted = refit(features[id(critic)], weight, bias, head, wider)
+                fitted = refit(features[id(critic)], weight, bias, head, wider, dueling=self._dueling)
                 self.refit_error = max(self.refit_error, fitted.share)
                 return fitted.weight, fitted.bias
 

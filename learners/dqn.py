@@ -88,15 +88,12 @@ class Dqn(Updates):
         target, choices = settings.target, schema.action.choices
         length = target.length if target.kind in ("chunk", "decoupled") else 1
         check_choices(choices, length, settings)
-        self._distils = target.kind == "decoupled" and (
-            settings.chunk < target.length or target.distill_expectile != 0.5
-        )
         self.means = (
             "loss/critic",
             "q/mean",
             "q/target",
             "batch/reward",
-            *(("loss/distilled",) if self._distils else ()),
+            *(("loss/distilled",) if settings.distils else ()),
             *(LABEL_METRICS if settings.head.classifies else ()),
         )
         super().__init__(schema, settings, batch_size=batch_size, seed=seed, **options)
@@ -106,7 +103,7 @@ class Dqn(Updates):
         self._acting = ActionValues(choices**settings.chunk, settings.dueling)
         self._critic = self._make_critic(0, start, lr=settings.lr, ensemble=1, values=self._acting.values)
         self._chunk_critic: Critic | None = None
-        if self._distils:
+        if settings.distils:
             self._of_chunks = ActionValues(choices**length, settings.dueling)
             self._chunk_critic = self._make_critic(
                 0, start, lr=settings.lr, ensemble=1, values=self._of_chunks.values, has_target=False

@@ -38,9 +38,6 @@ class Flow(Updates):
         **options: Unpack[Options],
     ) -> None:
         target = settings.target
-        self._distils = target.kind == "decoupled" and (
-            settings.chunk < target.length or target.distill_expectile != 0.5
-        )
         self.means = (
             "loss/critic",
             "loss/value",
@@ -49,7 +46,7 @@ class Flow(Updates):
             "q/mean",
             "q/target",
             "batch/reward",
-            *(("loss/distilled",) if self._distils else ()),
+            *(("loss/distilled",) if settings.distils else ()),
             *(LABEL_METRICS if settings.head.classifies else ()),
         )
         super().__init__(schema, settings, batch_size=batch_size, seed=seed, **options)
@@ -62,7 +59,7 @@ class Flow(Updates):
         )
         self._critic = self._make_critic(self._chunk_dim, start, lr=settings.critic_lr, ensemble=settings.ensemble)
         self._chunk_critic: Critic | None = None
-        if self._distils:
+        if settings.distils:
             self._chunk_critic = self._make_critic(
                 target.length * action_dim, start, lr=settings.critic_lr, ensemble=settings.ensemble, has_target=False
             )

@@ -42,7 +42,7 @@ class Normaliser:
         Number of rows, then Σ (x − mean) and Σ (x − mean)² of each component, about the mean so far, which is the same for
         all learners: the squares of a component far from 0 would lose the digits that its variance is made of.
         """
-        centred = x.reshape(-1, len(self._mean)).double() - self._mean
+        centred = x.flatten(0, -2).double() - self._mean
         rows = self._count.new_full((1,), len(centred))
         return torch.cat((rows, centred.sum(0), centred.square().sum(0)))
 

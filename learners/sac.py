@@ -82,9 +82,6 @@ class Sac(Updates):
         **options: Unpack[Options],
     ) -> None:
         target = settings.target
-        self._distils = target.kind == "decoupled" and (
-            settings.chunk < target.length or target.distill_expectile != 0.5
-        )
         self.means = (
             "loss/critic",
             "loss/policy",
@@ -94,7 +91,7 @@ class Sac(Updates):
             "q/mean",
             "q/target",
             "batch/reward",
-            *(("loss/distilled",) if self._distils else ()),
+            *(("loss/distilled",) if settings.distils else ()),
             *(LABEL_METRICS if settings.head.classifies else ()),
         )
         super().__init__(schema, settings, batch_size=batch_size, seed=seed, **options)
@@ -107,7 +104,7 @@ class Sac(Updates):
         self._actor = self._trained(self._network(1, 0, 2 * self._chunk_dim), start, lr=settings.policy_lr)
         self._critic = self._make_critic(self._chunk_dim, start, lr=settings.critic_lr, ensemble=settings.ensemble)
         self._chunk_critic: Critic | None = None
-        if self._distils:
+        if settings.distils:
             self._chunk_critic = self._make_critic(
                 target.length * action_dim, start, lr=settings.critic_lr, ensemble=settings.ensemble, has_target=False
             )

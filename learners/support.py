@@ -27,9 +27,10 @@ RECORD = 16_384  # targets remembered
 SAMPLE = 1024  # of them from one call
 LEAST_WIDTH = 0.1  # width of a support, of the largest magnitude in it: float32 resolves a bin's fractions there
 REFIT_ROWS = 10_000  # replayed states that a refit needs
-REFIT_GOAL = 1e-3  # of the support's width: a refit stops when no value moves further; 1e-2 is what a user may accept
-REFIT_ROUNDS, REFIT_STEPS = 8, 30  # of L-BFGS; the goal is looked at, and the penalty sharpened, after each round
-SHARPEN = 4.0  # how much heavier each round's penalty on moved values is
+REFIT_GOAL = 3e-3  # of the support's width: a refit stops when no value moves further; 1e-2 is what a user may accept
+REFIT_ROUNDS, REFIT_TRIES = 12, 3  # Gauss-Newton steps of a refit, and how often one is tried, damped ten times more
+REFIT_PART = 1024  # rows that a step looks at: the cost of its equations grows with their cube
+UNUSED = 1e-6  # probability of an old bin that no row uses; it is left out where a neighbour is used
 
 
 class SupportTracker:
@@ -200,91 +201,146 @@ class Refit(NamedTuple):
     share: float  # the same as a share of the new support's width: must stay under 0.01
 
 
-def refit(features: Tensor, weight: Tensor, bias: Tensor, old: Classification, new: Classification) -> Refit:
+def refit(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    old: Classification,
+    new: Classification,
+    *,
+    dueling: bool = False,
+) -> Refit:
     """Fits the last layer to the bins of `new`, wider than those of `old`, so that values stay.
 
     `features` (networks, rows, inputs) are the last layer's inputs on at least REFIT_ROWS replayed states; `weight` and
-    `bias` as in `grow_columns`. For every value by itself it minimises the cross-entropy to the old distribution,
-    projected on the new bins, plus the fourth power of the mean's change in bins, which weighs more in each round: the
-    largest change is what must stay small. A tenth of the rows is held out, and counts in the error all the same.
-    Raises ValueError for too few rows.
+    `bias` as in `grow_columns`. Every value is fitted by itself, in closed form and then by Gauss-Newton steps on the
+    largest changes of its mean, until none is more than REFIT_GOAL of the support or REFIT_ROUNDS are over. A step looks
+    at REFIT_PART of the rows, the error at all. With `dueling` the first value is v and the others advantages a: what is
+    to stay, v + a - mean a, is fitted in their place, and taken apart again. Raises ValueError for too few rows.
     """
     networks, rows, _ = features.shape
     if rows < REFIT_ROWS:
         raise ValueError(f"a refit needs at least {REFIT_ROWS} rows of replay, got {rows}")
-    values = weight.shape[-1] // old.outputs
-    old_weight, old_bias = _by_value(weight, values), _by_value(bias, values)
-    start_weight, start_bias = resample_columns(weight, bias, old, new)
-    fitted_weight = _by_value(start_weight, values).clone()  # (networks, inputs, values, outputs)
-    fitted_bias = _by_value(start_bias, values).clone()
+    columns = _by_value(torch.cat((weight, bias), 1), weight.shape[-1] // old.outputs)
+    if dueling:
+        advantage = columns[:, :, 1:]
+        columns = columns[:, :, :1] + (advantage - advantage.mean(2, keepdim=True))
+    values = columns.shape[2]  # of columns (networks, inputs + 1, values, old.outputs)
+    fitted = columns.new_empty(*columns.shape[:-1], new.outputs)
     overlap = _overlap(old, new).to(weight)
     error = 0.0
     for network in range(networks):
-        x = features[network].to(weight.dtype)
+        x = torch.cat((features[network].to(weight.dtype), weight.new_ones(rows, 1)), 1)
         for value in range(values):
-            at = (network, slice(None), value)
-            old_logits = torch.addmm(old_bias[at], x, old_weight[at])
-            problem = _Problem(x, old_logits, overlap, old, new)
-            error = max(error, problem.solve(fitted_weight[at], fitted_bias[at]))
+            mine = columns[network, :, value]
+            logits = x @ mine
+            start = _merge(mine, torch.softmax(logits, -1).mean(0), overlap)
+            fitted[network, :, value], moved = _Means(x, old.mean(logits), new).fit(start)
+            error = max(error, moved)
     low, high = new.support
-    return Refit(fitted_weight.flatten(-2), fitted_bias.flatten(-2), error, error / (high - low))
+    if dueling:
+        mean = fitted.mean(2, keepdim=True)
+        fitted = torch.cat((mean, fitted - mean), 2)
+    made = fitted.flatten(-2)
+    return Refit(made[:, :-1], made[:, -1:], error, error / (high - low))
+
+
+def _merge(columns: Tensor, probability: Tensor, overlap: Tensor) -> Tensor:
+    """The linear map (inputs + 1, new outputs) nearest to the merged bins of `columns` (inputs + 1, old outputs).
+
+    Merged exactly, new bin j has the logit log sum_i overlap_ij e^(l_i), which is convex in the old logits l. Its tangent
+    sum_i s_ij (l_i + log(overlap_ij / s_ij)) is linear in them; s_ij is the share of old bin i in what j holds on average,
+    by the old bins' mean `probability` (old outputs,). So a bin that is never used does not pull its neighbour down.
+    """
+    held = overlap * (probability + UNUSED).unsqueeze(-1)
+    outside = overlap.sum(0) == 0.0  # of all old bins; these get their mean, far below, as in `grow_columns`
+    share = torch.where(outside, 1.0 / len(overlap), held / held.sum(0).clamp(min=1e-30))
+    merged = columns @ share
+    excess = torch.where(share > 0.0, share * (overlap / share.clamp(min=1e-30)).clamp(min=1e-30).log(), 0.0).sum(0)
+    merged[-1] += torch.where(outside, NEW_BIAS, excess)
+    return merged
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """The refit of one value of one network."""
+class _Means:
+    """The means that one value is to have, and how far columns are from them."""
 
-    features: Tensor  # (rows, inputs)
-    old_logits: Tensor  # (rows, old.outputs)
-    overlap: Tensor  # (old.outputs, new.outputs)
-    old: Classification
-    new: Classification
+    x: Tensor  # (rows, inputs + 1), the last a one
+    wanted: Tensor  # (rows,), in units of reward
+    head: Classification
 
-    def solve(self, weight: Tensor, bias: Tensor) -> float:
-        """Improves `weight` (inputs, outputs) and `bias` (1, outputs) in place; returns the largest error in units of reward."""
-        mean = self.old.mean(self.old_logits)
-        error = self._error(weight, bias, mean)
-        low, high = self.new.support
-        goal = REFIT_GOAL * (high - low)
-        if error <= goal:
-            return error
-        held_out = torch.arange(len(mean), device=mean.device) % 10 == 9
-        x, mean_in = self.features[~held_out], mean[~held_out]
-        target = torch.softmax(self.old_logits[~held_out], -1) @ self.overlap
-        best = weight.clone(), bias.clone()
-        parameters = [weight.clone(), bias.clone()]
-        scale = 0.5
+    def fit(self, columns: Tensor) -> tuple[Tensor, float]:
+        """Changes `columns` (inputs + 1, outputs) as little as brings the means to the wanted ones.
 
-        def evaluate() -> Tensor:
-            logits = torch.addmm(parameters[1], x, parameters[0])
-            loss, gradient = self.new.loss(logits, target)
-            off = (self.new.mean(logits) - mean_in) / self.new.width  # in bins
-            gradient += self.new.mean_gradient(logits, 4.0 * scale / self.new.width * off**3)
-            gradient /= len(x)
-            parameters[0].grad, parameters[1].grad = x.T @ gradient, gradient.sum(0, keepdim=True)
-            return (loss + scale * off**4).mean()
-
-        for _ in range(REFIT_ROUNDS):
-            optimiser = torch.optim.LBFGS(  # afresh, since what it knows of the curvature belongs to the last penalty
-                parameters,
-                max_iter=REFIT_STEPS,
-                tolerance_grad=0.0,
-                tolerance_change=0.0,
-                line_search_fn="strong_wolfe",
-            )
-            optimiser.step(evaluate)  # type: ignore[no-untyped-call]
-            now = self._error(parameters[0], parameters[1], mean)
-            if now < error:
-                error, best = now, (parameters[0].clone(), parameters[1].clone())
-            if error <= goal:
+        Returns them and the largest error that is left, in units of reward. Gauss-Newton with Levenberg and Marquardt's damping.
+        """
+        low, high = self.head.support
+        off, error = self._look(columns)
+        damping = 1e-2
+        for step in range(REFIT_ROUNDS):
+            if not error * self.head.width > REFIT_GOAL * (high - low):  # so that what is not a number ends it too
                 break
-            scale *= SHARPEN
-        weight.copy_(best[0])
-        bias.copy_(best[1])
-        return error
+            equations = self._equations(columns, off, step)
+            found = None
+            for _ in range(REFIT_TRIES):
+                direction = equations.solve(damping)
+                found = self._better(columns, direction, error)
+                if found is not None:
+                    break
+                damping *= 10.0
+            if found is None:
+                break
+            columns, off, error = found
+            damping *= 0.3
+        return columns, error * self.head.width
 
-    def _error(self, weight: Tensor, bias: Tensor, mean: Tensor) -> float:
-        return float((self.new.mean(torch.addmm(bias, self.features, weight)) - mean).abs().max())
+    def _look(self, columns: Tensor) -> tuple[Tensor, float]:
+        """Every row's error (rows,) in bins, and the largest."""
+        off = (self.wanted - self.head.mean(self.x @ columns)) / self.head.width
+        return off, float(off.abs().max())
+
+    def _better(self, columns: Tensor, direction: Tensor, error: float) -> tuple[Tensor, Tensor, float] | None:
+        """The columns, errors and largest error at the longest step along `direction` that is worth its time, if any."""
+        for length in (1.0, 0.5, 0.2):
+            changed = columns + length * direction
+            off, now = self._look(changed)
+            if now < 0.98 * error:
+                return changed, off, now
+        return None
+
+    def _equations(self, columns: Tensor, off: Tensor, step: int) -> _Equations:
+        """Those of the largest errors and, so that they stay, of as many rows that lie evenly over all."""
+        rows, half = len(off), REFIT_PART // 2
+        stride = -(-rows // half)
+        chosen = torch.zeros(rows, dtype=torch.bool, device=off.device)
+        chosen[step % stride :: stride] = True
+        chosen[off.abs().topk(half).indices] = True
+        part = chosen.nonzero().squeeze(-1)
+        x = self.x[part]
+        gradient = self.head.mean_gradient(x @ columns, off.new_full((len(part),), 1.0 / self.head.width))
+        return _Equations(x, gradient, off[part])
+
+
+class _Equations(NamedTuple):
+    """How the means of some rows move with the columns: linearly, by the outer product of x and the mean's gradient.
+
+    There is one unknown per row instead of one per parameter (the dual form), since the inner product of two rows' outer
+    products is that of their x times that of their gradients.
+    """
+
+    x: Tensor  # (rows, inputs + 1)
+    gradient: Tensor  # (rows, outputs), of the mean in bins with respect to the logits
+    off: Tensor  # (rows,), in bins
+
+    def solve(self, damping: float) -> Tensor:
+        """The smallest change of the columns (inputs + 1, outputs) that removes the errors, as far as `damping` lets it."""
+        x, gradient = self.x.double(), self.gradient.double()  # in float32 rounding can make them indefinite
+        products = (x @ x.T) * (gradient @ gradient.T)
+        diagonal = products.diagonal()
+        diagonal += max(damping, 1e-6) * diagonal.mean() + 1e-12
+        factor = torch.linalg.cholesky(products)
+        multiplier = torch.cholesky_solve(self.off.double().unsqueeze(-1), factor).to(self.x)
+        return self.x.T @ (multiplier * self.gradient)
 
 
 def _by_value(tensor: Tensor, values: int) -> Tensor:

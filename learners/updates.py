@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from configs.algorithms import AlgorithmSettings
+from configs.algorithms import AlgorithmSettings, DqnSettings
 from learners.adaptive import WARN_SHARE, AdaptiveSupport
 from learners.critic import Critic, Part
 from learners.encoders import make_network
@@ -84,6 +84,8 @@ class Updates(ABC):
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"learners.device: expected a device that torch finds here, got {device}; it finds no GPU")
         self.updates = 0
         self._settings = settings
         self._batch_size = batch_size
@@ -110,7 +112,8 @@ class Updates(ABC):
         self._support: AdaptiveSupport | None = None  # where the data decides on the support
         if head.is_automatic:
             labels = settings.chain.length * batch_size * settings.labels_per_window
-            self._support = AdaptiveSupport(head, labels=labels, device=self.device, dtype=self._dtype)
+            dueling = isinstance(settings, DqnSettings) and settings.dueling
+            self._support = AdaptiveSupport(head, labels=labels, dueling=dueling, device=self.device, dtype=self._dtype)
             self._began = False
         self._normaliser: Normaliser | None = None
         if settings.normalise_observations:
@@ -278,13 +281,17 @@ class Updates(ABC):
         tensors = self._kept()
         expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         got = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in beside}
-        if got != expected or not beside <= state.keys():
+        differing = sorted(n for n in expected.keys() | got.keys() if expected.get(n) != got.get(n))
+        if differing or not beside <= state.keys():
             if before is not None:
                 self._take_support(before)
                 self._fill(before)
+            shown = "; ".join(f"{n}: expected {expected.get(n)}, got {got.get(n)}" for n in differing[:4])
+            missing = ", ".join(sorted(beside - state.keys()))
             raise ValueError(
-                f"expected learner state {expected} with noise and updates, got {got}: the checkpoint is of another "
-                "algorithm, environment or algorithm.hidden; resume with the settings it was written with"
+                "the checkpoint is of another algorithm, environment or algorithm.hidden; resume with the settings it was written "
+                f"with ({len(differing)} tensors differ: {shown}{'; …' if len(differing) > 4 else ''}"
+                f"{'; missing: ' + missing if missing else ''})"
             )
         self._fill(state)
         self._generator.set_state(state["noise"].cpu())

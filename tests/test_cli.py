@@ -112,6 +112,12 @@ def test_report_is_made_again(trained: tuple[Path, str], call: Call) -> None:
         ("train pendulum_sac --env.id Pendulum-v2 --replay.directory .", "nearest: Pendulum-v1"),
         ("train pendulum_sac --env.id CartPole-v1 --replay.directory .", "CartPole-v1 has 2 discrete actions"),
         ("train pendulum_sac --env.id no_such_module:make --replay.directory .", "no_such_module"),
+        ("train pendulum_sac --prior.source nowhere", "prior.source: "),
+        ("train pendulum_sac --prior.source nowhere.parquet --mode sync", "nowhere.parquet does not exist"),
+        (
+            "train pendulum_sac --mode sync --learners.device cuda:99",
+            "learners.device: expected a device that torch finds",
+        ),
         ("train pendulum_sca", "pendulum_sac"),
         ("train --resume nowhere", "nowhere is not the folder of a run"),
         ("train pendulum_sac --resume nowhere", "leave pendulum_sac out"),
@@ -166,6 +172,10 @@ def test_settings_under_which_all_would_wait_for_ever_are_refused_before_anythin
     assert code == 2
     assert err.startswith("millrace: ")
     assert err.count("\n") == 1
+    assert "updates_per_call" not in err
+    code, _, several = call(*words, "--replay.error_buffer", "1", "--learners.updates_per_call", "3")
+    assert code == 2
+    assert "; 768 windows are those of learners.updates_per_call (3) updates, which may be lowered as well" in several
     least = re.search(r"raise replay.error_buffer to at least (\d+) steps", err)
     assert least is not None
     assert call(*words, "--replay.error_buffer", str(int(least[1]) - 1))[0] == 2

@@ -215,6 +215,18 @@ def test_short_names_find_the_packaged_file_from_any_folder(tmp_path: Path, monk
         ),
         ("--mode synch", ["mode: expected one of cluster, sync, got 'synch'; did you mean sync?"]),
         ("--learners.compile maybe", ["learners.compile: expected true or false, got 'maybe'"]),
+        (
+            "--algorithm.epsilon 0.1",
+            [
+                "algorithm.epsilon: is a setting of algorithm.name dqn, r2d2; set algorithm.name, or leave it out "
+                "(flag --algorithm.epsilon)"
+            ],
+        ),
+        ("--algorithm.recurent 8", ["algorithm.recurent: no such setting"]),
+        (
+            "--algorithm.name dqn --algorithm.polyak 1",
+            ["algorithm.polyak: is a setting of algorithm.name sac, flow; set"],
+        ),
         ("--learners.device gpu", ["learners.device: expected auto, cpu, cuda or cuda:<index>, got 'gpu'"]),
         ("--env.id=", ["env.id: expected text, not empty, got ''"]),
         ("--env.kwargs size", ["env.kwargs: expected NAME=VALUE …, or none, got 'size'"]),
@@ -291,6 +303,23 @@ def test_a_missing_file_names_the_configs_there_are() -> None:
             "windows of 256 steps (algorithm.target.length) must be shorter than replay.segment_steps (256)",
         ),
         (
+            "--algorithm.name r2d2 --algorithm.sequence 300",
+            "windows of 308 steps (algorithm.burn_in + algorithm.sequence) must be shorter than replay.segment_steps (256)",
+        ),
+        ("--algorithm.head.kind c51 --algorithm.head.bins 402", "must not exceed algorithm.head.max_bins (401) where"),
+        (
+            "--algorithm.head.low -1 --algorithm.head.high 1",
+            "are the ends of bins, which algorithm.head.kind mse has none of; leave them out, or take two_hot, hl_gauss",
+        ),
+        (
+            "--algorithm.name r2d2 --algorithm.chain.length 2 --algorithm.chain.policy_value one",
+            "algorithm.chain.policy_value one has no effect with algorithm.name r2d2",
+        ),
+        (
+            "--mode cluster --learners.device cuda:1",
+            "learners.device cuda:1 names one GPU, and in mode cluster Ray gives",
+        ),
+        (
             "--learners.batch_size 255 --learners.count 2",
             "learners.batch_size (255) must be a multiple of learners.count",
         ),
@@ -313,6 +342,19 @@ def test_an_impossible_combination_says_where_its_parts_come_from(flags: str, te
     assert text in message
     assert f"flag {flags.split()[-2]}" in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mode sync --learners.device cuda:1",
+        "--algorithm.head.kind c51 --algorithm.head.bins 402 --algorithm.head.low 0 --algorithm.head.high 9",
+        "--algorithm.head.bins 402",  # of no use, and in nobody's way
+        "--algorithm.chain.length 2 --algorithm.chain.policy_value one",
+    ],
+)
+def test_what_can_run_is_not_refused(flags: str) -> None:
+    assert isinstance(outcome(None, flags.split()), RunConfig)
 
 
 def test_all_conflicts_are_listed_at_once() -> None:
@@ -352,7 +394,9 @@ def test_the_name_decides_which_algorithms_settings_are_allowed(tmp_path: Path) 
 def test_mistakes_in_a_union_name_the_setting_and_not_the_member(tmp_path: Path) -> None:
     path = write(tmp_path, "algorithm:\n  name: fancy\n  heads: 0\n")
     assert refusal(path, model=Tree).startswith("algorithm.heads: expected a whole number from 1 to 64 [heads], got 0")
-    assert "algorithm.rate: no such setting" in refusal(path, "--algorithm.rate", "1", model=Tree)
+    assert "algorithm.rate: is a setting of algorithm.name plain; set" in refusal(
+        path, "--algorithm.rate", "1", model=Tree
+    )
     message = refusal(path, "--algorithm.name", "fanci", model=Tree)
     assert message.startswith("algorithm.name: expected one of plain, fancy, got 'fanci'; did you mean fancy?")
     assert "one of plain, fancy" in settings_help(Tree())

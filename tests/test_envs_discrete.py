@@ -124,7 +124,9 @@ def test_atari_frames_are_single_where_the_agent_stacks_them() -> None:
 
 def test_what_has_no_frames_is_not_stacked() -> None:
     settings = EnvSettings(id="CartPole-v1", stack=4)
-    with pytest.raises(EnvError, match=r"env\.stack \(4\) stacks frames.*leave env\.stack at 1"):
+    with pytest.raises(
+        EnvError, match=r"env\.stack \(4\) stacks frames.* has observation float32\[4\]; set env\.stack to 1"
+    ):
         check_env(settings)
     with pytest.raises(EnvError, match=r"env\.stack \(4\)"):
         make_env(settings, num_envs=1, seed=0)

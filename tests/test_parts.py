@@ -57,11 +57,6 @@ SMALL = [
             DISCRETE,
             r"7 actions out of 4 would list 4\^7 sequences, and at most 4096 .* can be at most 6",
         ),
-        (
-            "--algorithm.name dqn --env.stack 4",
-            DISCRETE,
-            r"env.stack \(4\) .* has observation float32\[3\]; set env.stack to 1",
-        ),
     ],
 )
 def test_an_algorithm_that_cannot_act_in_the_environment_is_refused(

@@ -12,7 +12,7 @@ import pytest
 from cluster import parts
 from cluster.api import Run, train
 from cluster.cli import main
-from cluster.prior import prior_shard, with_prior
+from cluster.prior import check_source, prior_shard, with_prior
 from cluster.replay_cli import snapshots_of
 from configs.load import load_config
 from configs.schema import RunConfig
@@ -116,6 +116,35 @@ def test_data_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
         prior_shard(config(tmp_path / "nowhere"), PENDULUM)
     with pytest.raises(ValueError, match="holds no transition"):
         prior_shard(config(runs.minari(tmp_path / "empty", [0])), PENDULUM)
+
+
+def test_a_source_is_looked_at_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = runs.minari(tmp_path / "data", [20])
+    monkeypatch.chdir(tmp_path)
+    assert check_source(config(Path("data")), PENDULUM).prior.source == str(source)
+    with pytest.raises(FileNotFoundError, match=r"^prior.source: .*/nowhere does not exist"):
+        check_source(config(Path("nowhere")), PENDULUM)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"^prior.source: .*notes.txt: expected one of .parquet"):
+        check_source(config(Path("notes.txt")), PENDULUM)
+    (tmp_path / "broken.hdf5").write_text("no HDF5")
+    with pytest.raises(ValueError, match=r"^prior.source.*broken.hdf5"):
+        check_source(config(Path("broken.hdf5")), PENDULUM)
+    other = runs.minari(tmp_path / "other", [20], width=4)
+    with pytest.raises(SchemaError, match=r"^prior.source .*/other does not fit env.id Pendulum-v1: expected "):
+        check_source(config(other), PENDULUM)
+
+
+def test_data_without_the_recurrent_state_say_whose_field_it_is(tmp_path: Path) -> None:
+    cartpole = StepSchema({"observation": Field("observation", "float32", (4,))}, Field("action", "int64", choices=2))
+    store = SnapshotStore(str(tmp_path / "store"))
+    episode = cartpole.zeros(10)
+    episode["is_first"][0] = episode["is_last"][-1] = True
+    import_into_snapshot([Chunk(episode, episode["is_first"])], cartpole, store)
+    words = ["--env.id", "CartPole-v1", "--prior.source", str(tmp_path / "store"), "--algorithm.name"]
+    check_source(load_config(None, [*words, "dqn"]), cartpole)
+    with pytest.raises(SchemaError, match=r"field state is that of .*algorithm.name r2d2 with algorithm.recurrent 128"):
+        check_source(load_config(None, [*words, "r2d2"]), cartpole)
 
 
 # -- mixing -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.flight as flight
 import pytest
+import torch
 
 from cluster.checkpoint import Checkpoints, load_tensors
 from cluster.metrics import read_metrics
@@ -127,7 +128,7 @@ def test_two_learners_with_prior_data_survive_the_death_of_one(
         "pendulum_sac", *runs.SMALL, *GENTLE, "--name", "a", "--stop.steps", "3000", "--learners.count", "2",
         "--learners.cpus", "0.5", "--learners.updates_per_call", "2", "--learners.updates_per_step", "0.25",
         "--prior.source", str(runs.minari(tmp_path / "prior", [300])), "--prior.share", "0.25", "--checkpoints.every_s", "1",
-        "--algorithm.head.kind", "hl_gauss", "--algorithm.head.low", "-1500", "--algorithm.head.high", "1500", cluster=ray_cluster,
+        "--algorithm.head.kind", "hl_gauss", "--algorithm.head.low", "-100", "--algorithm.head.high", "100", cluster=ray_cluster,
     )  # fmt: skip
     runs.wait_for(lambda: [c for c in Checkpoints(run / "checkpoints").all() if c.updates], process)
     assert runs.pids(run).keys() >= {"learner", "learner 1"}
@@ -137,6 +138,12 @@ def test_two_learners_with_prior_data_survive_the_death_of_one(
     summary = runs.summary(run)
     assert summary["stop_reason"].endswith("of 3000 environment steps done")
     assert summary["restarts"] == 1
+    # Rewards of the prior data lie outside of the support, of which each of the two learners 0 warns once.
+    told = [event["text"] for event in runs.events(run, "warning")]
+    assert told
+    for text in told:
+        assert re.fullmatch(r"learner: \d+\.\d % of the targets lay outside the value support, -100 to 100, .*", text)
+    assert told[0] in (tmp_path / "log").read_text()
     (event,) = runs.events(run, "restart")
     pattern = r"learner 1 died; 2 new learners go on from update (\d+), (\d+) updates are lost"
     lost = re.fullmatch(pattern, event["text"])
@@ -374,3 +381,20 @@ def test_no_cluster_and_too_small_a_cluster_are_clear_errors(
     assert "Traceback" not in log
     assert not (tmp_path / "runs" / "a").exists()
     assert ray_cluster.workers() == []
+
+
+def test_a_learner_whose_node_has_no_such_device_says_so(
+    ray_cluster: RayCluster, start: Started, tmp_path: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    process = start(
+        "pendulum_sac", *runs.SMALL, *GENTLE, "--name", "a", "--learners.device", "cuda", cluster=ray_cluster
+    )
+    assert process.wait(timeout=90) == 1
+    log = (tmp_path / "log").read_text()
+    assert (
+        "millrace: learner could not start: ValueError: learners.device: expected a device that torch finds on " in log
+    )
+    assert "Traceback" not in log
+    assert not runs.events(tmp_path / "runs" / "a", "restart")

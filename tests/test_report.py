@@ -110,6 +110,27 @@ def test_the_page_is_whole_and_fetches_nothing(html: str) -> None:
     assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
 
 
+def test_losses_are_labelled_by_what_the_value_head_measures(tmp_path: Path) -> None:
+    config = RunConfig.model_validate(
+        {"root": str(tmp_path), "name": "bins", "algorithm": {"name": "flow", "head": {"kind": "hl_gauss"}}}
+    )
+    columns = ["loss/critic", "loss/distilled", "loss/value", "loss/flow", "q/mean", "q/target", "value/mean"]
+    columns += ["value/clipped_fraction", "support/low", "support/high"]
+    run = RunFolder.create(config, [])
+    with MetricsWriter(run.path) as metrics:
+        for tick in range(3):
+            metrics.write({"time_s": tick, "env_steps": tick, **dict.fromkeys(columns, 0.5 + tick)})
+    html = write_report(run.path).read_text(encoding="utf-8")
+    text = Page(html).text
+    for title in ("Critic loss", "Loss of the distilled critic", "Loss of the value network", "Flow loss"):
+        assert title in text
+    assert text.count("cross-entropy, nats") == 2
+    assert "half the squared error" not in text
+    for line in ("critics", "targets", "value network", "highest value", "lowest value", "% of targets"):
+        assert line in text
+    assert html.count("<svg") == 7
+
+
 def test_values_are_escaped(html: str) -> None:
     assert "<script" not in html
     assert "actor 1 died &lt;script&gt;" in html
@@ -157,6 +178,12 @@ def test_a_run_without_metrics_gets_sentences_instead_of_charts(tmp_path: Path) 
     (run.path / "run.json").write_text("{")
     with pytest.warns(RuntimeWarning, match=r"run\.json is not JSON"):
         write_report(run.path)
+
+
+def test_a_loss_of_regression_is_labelled_so(html: str) -> None:
+    assert "half the squared error" in html
+    assert "cross-entropy" not in html
+    assert "Flow loss" not in html
 
 
 def test_few_and_odd_numbers_are_drawn(tmp_path: Path) -> None:

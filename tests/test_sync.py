@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import signal
@@ -18,7 +19,9 @@ from cluster.api import Run, train
 from cluster.checkpoint import Checkpoints, load_tensors, verify
 from cluster.cli import main
 from cluster.metrics import read_metrics
+from cluster.resume import check_resumable
 from cluster.runs import RunFolder
+from cluster.warned import Warned
 from configs.load import load_config
 from tests import runs_for_tests as runs
 
@@ -100,6 +103,90 @@ def test_counts_are_those_of_the_rows_and_a_resumed_run_goes_on_with_them(sync: 
     assert counts["sampled"] == 32 * counts["updates"]
     assert counts["sampled"] / (counts["env_steps"] - 200) == pytest.approx(0.25 * 32, rel=0.1)
     assert counts["version"] > runs.head_counts(before)["version"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "refused"),
+    [
+        ("", "--algorithm.hidden 32 16", {"algorithm.hidden": ("32 32", "32 16")}),
+        ("", "--algorithm.head.kind two_hot", {"algorithm.head.kind": ("mse", "two_hot")}),
+        (
+            "--algorithm.head.kind hl_gauss",
+            "--algorithm.head.sigma 1 --algorithm.head.low -9 --algorithm.head.high 9",
+            {
+                "algorithm.head.sigma": ("0.75", "1.0"),
+                "algorithm.head.low": ("None", "-9.0"),
+                "algorithm.head.high": ("None", "9.0"),
+            },
+        ),
+        ("", "--algorithm.name flow", {"algorithm.name": ("sac", "flow")}),
+        (
+            "--algorithm.target.kind chunk --algorithm.target.length 3 --algorithm.chunk 3",
+            "--algorithm.target.length 2 --algorithm.chunk 2",
+            {"algorithm.target.length": ("3", "2"), "algorithm.chunk": ("3", "2")},
+        ),
+        (
+            "",
+            "--algorithm.target.kind decoupled --algorithm.target.length 2",
+            {"algorithm.target.kind": ("one_step", "decoupled")},
+        ),
+        ("--algorithm.name dqn", "--algorithm.dueling", {"algorithm.dueling": ("False", "True")}),
+        ("--algorithm.name r2d2", "--algorithm.recurrent 9", {"algorithm.recurrent": ("128", "9")}),
+        (
+            "",
+            "--algorithm.target.kind n_step --algorithm.target.length 3 --algorithm.policy_lr 1 --algorithm.encoder none",
+            {},
+        ),
+        ("", "--algorithm.discount 0.5 --algorithm.target.expectile 0.7 --algorithm.head.bins 9", {}),
+        ("--algorithm.head.kind c51", "--algorithm.head.sigma 2 --algorithm.head.max_bins 999", {}),
+        ("--algorithm.name r2d2", "--algorithm.burn_in 3 --algorithm.sequence 5", {}),
+    ],
+)
+def test_only_what_networks_are_made_of_is_kept_by_a_resumed_run(
+    before: str, after: str, refused: dict[str, tuple[str, str]]
+) -> None:
+    old, new = (load_config(None, [*runs.SMALL, *words.split()]) for words in (before, f"{before} {after}"))
+    expected = [
+        f"{path}: the checkpoint was trained with {was}, received {now}; resume with --{path} {was}, or start a new run"
+        for path, (was, now) in refused.items()
+    ]
+    if not expected:
+        return check_resumable(old, new, frames=False)
+    with pytest.raises(ValueError, match=": the checkpoint was trained with ") as why:
+        check_resumable(old, new, frames=False)
+    assert sorted(str(why.value).splitlines()) == sorted(expected)
+
+
+def test_a_resumption_that_fails_leaves_the_settings_that_the_checkpoint_was_trained_with(
+    sync: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--name", "a", "--learners.updates_per_step", "0.1"]
+    first = sync(*words, "--stop.steps", "300")
+    settings = first.path / "config.yaml"
+    before = settings.read_bytes()
+    with pytest.raises(ValueError, match=r"algorithm\.hidden: the checkpoint was trained with 32 32"):
+        sync(*words, "--stop.steps", "400", "--algorithm.hidden", "16", resume=first.path)
+    assert settings.read_bytes() == before
+    # One that fails later: the storage cannot be made.
+    with pytest.raises(OSError, match="nowhere"):
+        sync(*words, "--stop.steps", "400", "--replay.directory", str(tmp_path / "nowhere"), resume=first.path)
+    assert settings.read_bytes() == before
+    second = sync(*words, "--stop.steps", "400", "--algorithm.discount", "0.5", resume=first.path)
+    assert RunFolder.open(second.path).config.algorithm.discount == 0.5
+
+
+def test_what_the_learner_warns_of_is_told(sync: Trained) -> None:
+    lines: list[str] = []
+    words = ["--algorithm.head.kind", "hl_gauss", "--algorithm.head.low", "-1", "--algorithm.head.high", "1"]
+    run = sync(
+        *words, "--learners.updates_per_step", "0.2", "--stop.steps", "600", "--name", "a",
+        show=lambda _, line: lines.append(line) if line else None,
+    )  # fmt: skip
+    (warning,) = runs.events(run.path, "warning")
+    assert re.fullmatch(r"learner: \d+\.\d % of the targets lay outside the value support, .*clamped", warning["text"])
+    assert warning["text"] in lines
+    assert "lay outside the value support" in run.report.read_text()
+    assert not [handler for handler in logging.getLogger("learners").handlers if isinstance(handler, Warned)]
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])

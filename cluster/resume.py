@@ -1,0 +1,106 @@
+"""What a resumed run may not change: the settings that a checkpoint's networks are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.checkpoint import MANIFEST, Checkpoints
+from cluster.files import write_atomically
+from configs.algorithms import AlgorithmSettings
+from configs.fields import show
+from configs.load import dump_config
+from configs.schema import RunConfig
+
+_NETWORKS = (
+    *("chain.length", "chunk", "hidden", "layer_norm", "encoder", "ensemble", "dueling", "recurrent"),
+    *("normalise_observations", "learner", "policy"),
+)
+
+
+def check_resumable(before: RunConfig, after: RunConfig, *, frames: bool) -> None:
+    """Look for changes that the networks of a checkpoint cannot follow.
+
+    Step sizes, the discount, expectiles, and whether targets are of one step or of several may change.
+
+    Args:
+        before: settings of the run so far.
+        after: those that it is to go on with.
+        frames: whether the environment shows any, on which the encoder that `auto` stands for depends.
+
+    Raises:
+        ValueError: there are some; the message has one line for each.
+    """
+    old, new = _made_of(before, frames), _made_of(after, frames)
+    # What only one of them has hangs on a choice that differs as well.
+    paths = [path for path in old if path in new and old[path] != new[path]]
+    if "algorithm.name" in paths:
+        paths = ["algorithm.name"]
+    if paths:
+        raise ValueError("\n".join(_refusal(path, before, after) for path in paths))
+
+
+def _refusal(path: str, before: RunConfig, after: RunConfig) -> str:
+    old, new = (show(_value(config, path)) for config in (before, after))
+    return (
+        f"{path}: the checkpoint was trained with {old}, received {new}; resume with --{path} {old}, or start a new run"
+    )
+
+
+def _value(config: RunConfig, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _made_of(config: RunConfig, frames: bool) -> dict[str, Any]:
+    """What decides on the networks, by the path of its setting; different values may stand for the same."""
+    algorithm = config.algorithm
+    target = algorithm.target
+    paths = ["algorithm.name", "env.stack", "algorithm.head.kind"]
+    paths += [f"algorithm.head.{name}" for name in _head_settings(algorithm)]
+    paths += [f"algorithm.{path}" for path in _NETWORKS if hasattr(algorithm, path.partition(".")[0])]
+    found = {path: _value(config, path) for path in paths}
+    # Targets of one step and of several have the same critic.
+    sequences = target.kind in ("chunk", "decoupled")
+    found["algorithm.target.kind"] = target.kind if sequences else "steps"
+    if sequences:
+        found["algorithm.target.length"] = target.length
+    if algorithm.encoder == "auto":
+        found["algorithm.encoder"] = "nature" if frames else "none"
+    return found
+
+
+def _head_settings(algorithm: AlgorithmSettings) -> tuple[str, ...]:
+    """Settings of the value head that decide on what its outputs stand for."""
+    match algorithm.head.kind:
+        case "mse":
+            return ()
+        case "two_hot" | "c51":
+            return ("bins", "low", "high")
+    return ("bins", "low", "high", "sigma")
+
+
+@contextmanager
+def settings_kept_with(checkpoints: Checkpoints, file: Path, config: RunConfig) -> Iterator[None]:
+    """`config` in the place of the settings in `file`; where the run fails before its next checkpoint they are put back.
+
+    So the settings beside a checkpoint are always some that it can be resumed with.
+    """
+    before, newest = file.read_bytes(), _newest(checkpoints)
+    write_atomically(file, dump_config(config).encode())
+    try:
+        yield
+    except BaseException:
+        if _newest(checkpoints) == newest:
+            write_atomically(file, before)
+        raise
+
+
+def _newest(checkpoints: Checkpoints) -> tuple[Path, int] | None:
+    """The newest checkpoint, and when it was written: one of the same step takes the place of the one before."""
+    found = checkpoints.all()
+    return (found[-1].path, (found[-1].path / MANIFEST).stat().st_mtime_ns) if found else None
