@@ -124,6 +124,7 @@ class Updates(ABC):
         self._sums = torch.zeros(len(self.means), dtype=torch.float64, device=self.device)
         self._largest = torch.zeros(len(LARGEST), dtype=self._dtype, device=self.device)
         self._reported = 0
+        self._clipping = 0  # reports in a row with more targets clipped than WARN_SHARE
         self._warned = False
         # What goes between learners cannot be compiled.
         self._compile = options.get("compile", False) and self._share.count == 1
@@ -326,17 +327,20 @@ class Updates(ABC):
     def _watch_support(self, row: Mapping[str, float]) -> dict[str, float]:
         """Widen the support if it must be; its metrics. One line where targets are clipped all the same."""
         share = row.get("value/clipped_fraction", 0.0)
+        self._clipping = self._clipping + 1 if share > WARN_SHARE else 0
         found: dict[str, float] = {}
         if self._support is not None:
             wider = self._support.changed(self._head, self._critics(), self._inputs)
             if wider is not None:
                 self._head = wider
+                self._clipping = 0  # those of the support before
                 self._prepare()
             found = {"support/refit_error": self._support.refit_error}
         if isinstance(self._head, Classification):
             low, high = self._head.support
             found |= {"support/low": low, "support/high": high, "support/bins": float(self._head.bins)}
-            if share > WARN_SHARE and not self._warned:
+            # A support that the data decides has one more report to catch up. Told once.
+            if self._clipping == (1 if self._support is None else 2) and not self._warned:
                 self._warned = True
                 LOG.warning(
                     "%.1f %% of the targets lay outside the value support, %.4g to %.4g, and were clamped",

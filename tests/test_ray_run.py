@@ -139,8 +139,8 @@ def test_two_learners_with_prior_data_survive_the_death_of_one(
     assert summary["stop_reason"].endswith("of 3000 environment steps done")
     assert summary["restarts"] == 1
     # Rewards of the prior data lie outside of the support, of which each of the two learners 0 warns once.
-    told = [event["text"] for event in runs.events(run, "warning")]
-    assert told
+    told = [event["text"] for event in runs.events(run, "warning") if event["text"].startswith("learner: ")]
+    assert 0 < len(told) <= 2
     for text in told:
         assert re.fullmatch(r"learner: \d+\.\d % of the targets lay outside the value support, -100 to 100, .*", text)
     assert told[0] in (tmp_path / "log").read_text()

@@ -119,7 +119,7 @@ def test_counts_are_those_of_the_rows_and_a_resumed_run_goes_on_with_them(sync: 
                 "algorithm.head.high": ("None", "9.0"),
             },
         ),
-        ("", "--algorithm.name flow", {"algorithm.name": ("sac", "flow")}),
+        ("", "--algorithm.name flow --algorithm.hidden 8", {"algorithm.name": ("sac", "flow")}),
         (
             "--algorithm.target.kind chunk --algorithm.target.length 3 --algorithm.chunk 3",
             "--algorithm.target.length 2 --algorithm.chunk 2",
