@@ -285,7 +285,7 @@ def _loss_charts(config: RunConfig, curves: Curves) -> Iterator[Chart]:
     critic = curves.get("loss/critic")
     positive = critic[np.isfinite(critic)]
     log = bool(len(positive) and positive.min() > 0 and positive.max() > 30 * positive.min())
-    kind = config.algorithm.head.kind
+    kind = "" if config.algorithm.name == "custom" else config.algorithm.head.kind
     # A head of the user's may measure its loss in anything.
     unit = "cross-entropy, nats" if kind in CLASSIFICATION else "half the squared error" if kind == "mse" else "loss"
     yield from _over_time(curves, "Critic loss", unit, "loss/critic", log=log)

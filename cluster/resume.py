@@ -23,7 +23,8 @@ _NETWORKS = (
 def check_resumable(before: RunConfig, after: RunConfig, *, frames: bool) -> None:
     """Look for changes that the networks of a checkpoint cannot follow.
 
-    Step sizes, the discount, expectiles, and whether targets are of one step or of several may change.
+    Step sizes, the discount, whether targets are of one step or of several, and expectiles may change (unless a distilled critic
+    comes or goes by them).
 
     Args:
         before: settings of the run so far.
@@ -38,6 +39,8 @@ def check_resumable(before: RunConfig, after: RunConfig, *, frames: bool) -> Non
     paths = [path for path in old if path in new and old[path] != new[path]]
     if "algorithm.name" in paths:
         paths = ["algorithm.name"]
+    if not paths and before.algorithm.distils != after.algorithm.distils:
+        paths = ["algorithm.target.distill_expectile"]
     if paths:
         raise ValueError("\n".join(_refusal(path, before, after) for path in paths))
 

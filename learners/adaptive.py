@@ -76,6 +76,7 @@ class AdaptiveSupport:
         wider = make_head(self._settings, growth.support, bins=growth.bins, device=self._device, dtype=self._dtype)
         assert isinstance(wider, Classification)
         features = self._features(critics, inputs) if growth.doublings else {}
+        moved = [0.0]
         for critic in critics:
 
             def change(weight: Tensor, bias: Tensor, part: Part, critic: Critic = critic) -> tuple[Tensor, Tensor]:
@@ -86,13 +87,14 @@ class AdaptiveSupport:
                 if part == "moment":
                     return resample_columns(weight, bias, head, wider, offset=0.0)
                 fitted = refit(features[id(critic)], weight, bias, head, wider, dueling=self._dueling)
-                self.refit_error = max(self.refit_error, fitted.share)
+                moved.append(fitted.share)
                 return fitted.weight, fitted.bias
 
             critic.change_head(wider, change)
         LOG.info("value support is now %.4g to %.4g in %d bins", *growth.support, growth.bins)
-        if self.refit_error > WARN_SHARE:
-            LOG.warning("wider bins moved values by up to %.2f %% of the support", 100.0 * self.refit_error)
+        self.refit_error = max(self.refit_error, *moved)
+        if max(moved) > WARN_SHARE:
+            LOG.warning("wider bins moved values by up to %.2f %% of the support", 100.0 * max(moved))
         return wider
 
     def _features(self, critics: Sequence[Critic], inputs: Inputs) -> dict[int, Tensor]:

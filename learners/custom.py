@@ -73,12 +73,16 @@ def _construct(
     arguments: dict[str, Any],
 ) -> Any:
     try:
-        inspect.signature(cls).bind(schema, settings, **arguments)
+        signature = inspect.signature(cls)
+    except ValueError:  # of a class written in C: calling it will tell
+        return cls(schema, settings, **arguments)
+    try:
+        signature.bind(schema, settings, **arguments)
     except TypeError as error:
         names = ", ".join(f"{name}=" for name in arguments)
         raise ModuleError(
             f"{what} {path!r}: expected a class that is called as Class(schema, settings, {names}), got one with the signature "
-            f"{inspect.signature(cls)} ({error}); let it take **_ for arguments that it has no use for"
+            f"{signature} ({error}); let it take **_ for arguments that it has no use for"
         ) from error
     return cls(schema, settings, **arguments)
 

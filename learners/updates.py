@@ -367,13 +367,13 @@ class Updates(ABC):
         """The support of a checkpoint, and networks of its size, whose parameters are still to be filled in."""
         assert self._support is not None
         low, high, outputs = state["support"].tolist()
-        self._support.load_state(state)
-        self._began = int(state["updates"]) > 0
         settings = self._settings.head
         bins = (
             settings.bins + int(outputs) - make_head(settings, PROVISIONAL).outputs
         )  # outputs beyond the bins stay as many
         head = make_head(settings, (low, high), bins=bins, device=self.device, dtype=self._dtype)
+        self._support.load_state(state)
+        self._began = int(state["updates"]) > 0
 
         def empty(weight: Tensor, bias: Tensor, part: Part) -> tuple[Tensor, Tensor]:
             width = weight.shape[-1] // self._head.outputs * head.outputs
