@@ -412,7 +412,7 @@ def test_goes_on_exactly_from_a_saved_state(name: str) -> None:
     state = second.state()
     for key, expected in first.state().items():
         assert torch.equal(state[key], expected), key
-    with pytest.raises(ValueError, match="expected learner state"):
+    with pytest.raises(ValueError, match="the checkpoint is of another algorithm"):
         dqn(DqnSettings(hidden=(4,)), batch_size=8).load_state(state)
 
 
