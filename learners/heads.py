@@ -11,6 +11,7 @@ Gradients are written out. Nothing here waits for a device, and every method com
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
 import torch
@@ -96,7 +97,7 @@ class Mse:
         return label.value.new_zeros(())
 
 
-class Classification:
+class Classification(ABC):
     """What two_hot, hl_gauss and c51 share: softmax(logits) weighs fixed points, `centres`, `width` apart.
 
     A subclass says which distribution a scalar or a distribution is learnt as. `bins` counts what lies between `low` and
@@ -147,9 +148,9 @@ class Classification:
         value = _backup(self.mean(logits), reward, discount, shift)
         return Label(self.distribution(value), value)
 
+    @abstractmethod
     def distribution(self, value: Tensor) -> Tensor:
         """Probabilities (..., outputs) that stand for the scalar `value` (...), clamped to the support."""
-        raise NotImplementedError
 
     def loss(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy, in nats; its gradient softmax(logits) - target takes the probabilities that the loss needed."""
