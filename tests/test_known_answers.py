@@ -125,7 +125,8 @@ def dqn_settings(problem: Mdp, head: str, target: str, length: int, **more: Any)
         chunk=discrete_chunk(problem, target),
         discount=problem.discount,
         hidden=(32,),
-        lr=3e-3,
+        # The asymmetric loss of a distilled critic does not average its own noise away: shorter steps make less of it.
+        lr=2e-3 if target == "decoupled" else 3e-3,
         shift_every=20,
     )
 
