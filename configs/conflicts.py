@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from configs.schema import RunConfig
+    from configs.schema import RunConfig, ServiceSettings
 
 
 def conflicts(config: RunConfig) -> Iterator[str]:
@@ -40,11 +40,7 @@ def conflicts(config: RunConfig) -> Iterator[str]:
             f"replay.segment_steps ({replay.segment_steps})"
         )
 
-    if (replay.tls_certificate is None) != (replay.tls_key is None):
-        given, missing = ("certificate", "key") if replay.tls_key is None else ("key", "certificate")
-        yield f"replay.tls_{given} is set and replay.tls_{missing} is not; set both, or neither to go without TLS"
-    elif replay.tls_authority is not None and replay.tls_certificate is None:
-        yield "replay.tls_authority is set and the shards serve without TLS; set replay.tls_certificate and replay.tls_key"
+    yield from service_conflicts(replay)
 
     if learners.batch_size % learners.count:
         yield (
@@ -84,3 +80,12 @@ def conflicts(config: RunConfig) -> Iterator[str]:
         yield "stop.mean_return is measured by evaluations, and eval.every is 0; set eval.every"
     if stop.steps is None and stop.wall_s is None and stop.mean_return is None:
         yield "one of stop.steps, stop.wall_s and stop.mean_return must be set"
+
+
+def service_conflicts(replay: ServiceSettings) -> Iterator[str]:
+    """As `conflicts`, of how the shards are reached."""
+    if (replay.tls_certificate is None) != (replay.tls_key is None):
+        given, missing = ("certificate", "key") if replay.tls_key is None else ("key", "certificate")
+        yield f"replay.tls_{given} is set and replay.tls_{missing} is not; set both, or neither to go without TLS"
+    elif replay.tls_authority is not None and replay.tls_certificate is None:
+        yield "replay.tls_authority is set and the shards serve without TLS; set replay.tls_certificate and replay.tls_key"

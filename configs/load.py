@@ -16,10 +16,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from configs.fields import Setting, group, nearest, nearest_path, settings_help, tags, walk
+from configs.llm import LlmConfig
 from configs.schema import RunConfig
 from configs.sources import ConfigError, Dumper, Sources, Words, got, scalar
 
-__all__ = ["ConfigError", "dump_config", "find_config", "load", "load_config", "nearest", "settings_help"]
+__all__ = ["ConfigError", "dump_config", "find_config", "load", "load_config", "load_run", "nearest", "settings_help"]
 
 PACKAGED = Path(__file__).parent
 
@@ -35,12 +36,28 @@ def load_config(path: str | Path | None, flags: Sequence[str] = ()) -> RunConfig
     return load(RunConfig, path, flags)
 
 
+def load_run(path: str | Path | None, flags: Sequence[str] = ()) -> RunConfig | LlmConfig:
+    """As `load_config`, for a run of whatever kind: the setting `kind` says which settings there are."""
+    sources = _sources(path, flags)
+    if str(sources.values.get("kind")) == "llm":
+        return _checked(LlmConfig, sources)
+    return _checked(RunConfig, sources)
+
+
 def load(model: type[Model], path: str | Path | None, flags: Sequence[str] = ()) -> Model:
     """`load_config` for any tree of settings."""
+    return _checked(model, _sources(path, flags))
+
+
+def _sources(path: str | Path | None, flags: Sequence[str]) -> Sources:
     sources = Sources()
     if path is not None:
         sources.read_file(find_config(path))
     sources.read_flags(flags)
+    return sources
+
+
+def _checked(model: type[Model], sources: Sources) -> Model:
     config = _Check(model, sources).config()
     if config is None or sources.problems:
         raise ConfigError("\n".join(dict.fromkeys(sources.problems)))

@@ -20,6 +20,7 @@ __all__ = [
     "Algorithm",
     "AlgorithmSettings",
     "CheckpointSettings",
+    "CommonSettings",
     "EnvSettings",
     "EvalSettings",
     "LearnersSettings",
@@ -29,6 +30,7 @@ __all__ = [
     "RunConfig",
     "SacSettings",
     "Scalar",
+    "ServiceSettings",
     "Settings",
     "StopSettings",
     "setting",
@@ -92,10 +94,38 @@ class ActorsSettings(Settings):
     cpus: float = setting(0.5, "CPUs that Ray sets aside for each actor.", unit="CPUs", ge=0.0, le=1024.0)
 
 
-class ReplaySettings(Settings):
-    """The replay service: shards, their storage and the pace of sampling against inserting."""
+class ServiceSettings(Settings):
+    """How the shards of the replay service are started, and who may reach them."""
 
     shards: int = setting(1, "Number of replay shard processes.", unit="processes", ge=1, le=4096)
+    directory: str = setting("/dev/shm", "Folder of the memory-mapped storage files.", unit="path", min_length=1)
+    host: str = setting(
+        "127.0.0.1",
+        "Address the shards listen on; node takes the address of the node each is on, for clusters of several nodes.",
+        unit="address",
+        min_length=1,
+    )
+    tls_certificate: str | None = setting(
+        None,
+        "PEM file of the certificate chain that the shards show, at the same path on every node; it must name the "
+        "addresses they listen on. None serves without TLS.",
+        unit="path",
+        min_length=1,
+    )
+    tls_key: str | None = setting(
+        None, "PEM file of the key of replay.tls_certificate, not encrypted.", unit="path", min_length=1
+    )
+    tls_authority: str | None = setting(
+        None,
+        "PEM file of the certificates that clients of the shards trust; None trusts replay.tls_certificate alone.",
+        unit="path",
+        min_length=1,
+    )
+
+
+class ReplaySettings(ServiceSettings):
+    """The replay service: shards, their storage and the pace of sampling against inserting."""
+
     capacity: int = setting(
         1_000_000, "Steps stored over all shards; the oldest are overwritten.", unit="steps", ge=64, le=10**11
     )
@@ -139,29 +169,6 @@ class ReplaySettings(Settings):
         "How the learner reads: local gathers windows from a shard's mapped storage on the same host, flight has the shard "
         "send them, auto is local where that can be.",
         unit="choice",
-    )
-    directory: str = setting("/dev/shm", "Folder of the memory-mapped storage files.", unit="path", min_length=1)
-    host: str = setting(
-        "127.0.0.1",
-        "Address the shards listen on; node takes the address of the node each is on, for clusters of several nodes.",
-        unit="address",
-        min_length=1,
-    )
-    tls_certificate: str | None = setting(
-        None,
-        "PEM file of the certificate chain that the shards show, at the same path on every node; it must name the "
-        "addresses they listen on. None serves without TLS.",
-        unit="path",
-        min_length=1,
-    )
-    tls_key: str | None = setting(
-        None, "PEM file of the key of replay.tls_certificate, not encrypted.", unit="path", min_length=1
-    )
-    tls_authority: str | None = setting(
-        None,
-        "PEM file of the certificates that clients of the shards trust; None trusts replay.tls_certificate alone.",
-        unit="path",
-        min_length=1,
     )
 
 
@@ -293,12 +300,12 @@ class RaySettings(Settings):
     )
 
 
-class RunConfig(Settings):
-    """Everything that decides a run."""
+class CommonSettings(Settings):
+    """What every run has, whatever it trains."""
 
     name: str | None = setting(
         None,
-        "Name of the run and of its folder; None makes one from the environment, the algorithm and the time.",
+        "Name of the run and of its folder; None makes one from what is trained and the time.",
         unit="name",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
         allowed="up to 100 letters, digits, '.', '_' and '-', the first a letter or digit",
@@ -317,6 +324,16 @@ class RunConfig(Settings):
         min_length=1,
     )
     report_every_s: float = setting(1.0, "Time between two rows of metrics.", unit="seconds", ge=0.1, le=3600.0)
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    ray: RaySettings = RaySettings()
+
+
+class RunConfig(CommonSettings):
+    """Everything that decides a run that trains a policy for control."""
+
+    kind: Literal["control"] = setting(
+        "control", "What is trained: a policy for control, or a language model (llm).", unit="choice"
+    )
     env: EnvSettings = EnvSettings()
     algorithm: Algorithm = SacSettings()
     actors: ActorsSettings = ActorsSettings()
@@ -325,8 +342,6 @@ class RunConfig(Settings):
     learners: LearnersSettings = LearnersSettings()
     eval: EvalSettings = EvalSettings()
     stop: StopSettings = StopSettings()
-    checkpoints: CheckpointSettings = CheckpointSettings()
-    ray: RaySettings = RaySettings()
 
     @property
     def lanes(self) -> int:
