@@ -8,15 +8,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
 from configs.algorithms import MAX_SEQUENCES, CustomSettings, DqnSettings
+from configs.llm import LlmConfig
 from configs.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -27,12 +29,28 @@ if TYPE_CHECKING:
 Show = Callable[[dict[str, float] | None, str | None], None]
 
 
+class Display(Protocol):
+    """What a person sees while a run goes on."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def update(self, row: Mapping[str, float | None]) -> None:
+        """Show a metrics row."""
+
+    def say(self, text: str) -> None:
+        """Show a line of text."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that has ended."""
 
     path: Path
-    summary: dict[str, Any]  # stop_reason, steps, updates, episodes, mean_return, steps_per_s, …
+    summary: dict[str, Any]  # stop_reason, updates, time_s, …; steps, mean_return, …; or samples, pass_at_1, …
 
     @property
     def report(self) -> Path:
@@ -41,7 +59,7 @@ class Run:
 
 
 def train(
-    config: RunConfig,
+    config: RunConfig | LlmConfig,
     *,
     resume: str | Path | None = None,
     console: Console | None = None,
@@ -52,7 +70,8 @@ def train(
     """Train as `millrace train` does.
 
     Args:
-        config: every setting; of a resumed run as well, which may change them.
+        config: every setting, of a control run or of one that trains a language model; of a resumed run as well, which may
+            change them.
         resume: folder of the run to go on with, from its newest whole checkpoint.
         console: where the live table is shown; None is standard output.
         show: called with each metrics row, and with each line of text, in place of the live table.
@@ -61,39 +80,28 @@ def train(
 
     Raises:
         ValueError: the environment is unknown or does not fit the algorithm; actors and learner would wait for each other;
-            `prior.source` is no dataset that fits; in mode sync, `learners.device` is not there; a resumed run changes what
-            its networks are made of.
+            `prior.source` is no dataset that fits; the model or the tasks cannot be used; in mode sync, `learners.device` is
+            not there; a resumed run changes what its networks are made of.
         FileExistsError, FileNotFoundError: the run's folder is there already; the one to resume is not, or has no checkpoint.
         RuntimeError: the run failed; the message says why.
     """
-    from actors.envs import check_env
-    from cluster.live import Live
-    from cluster.parts import check_device, check_limits
     from cluster.recorder import settings_changed
     from cluster.runs import RunFolder
 
     started = time.time() if started is None else started
     command = [sys.executable, *sys.argv] if command is None else command
-    warnings = check_limits(config)
-    schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
-    check_algorithm(config, schema)
-    if config.prior.source is not None:
-        from cluster.prior import check_source  # it compiles kernels, which no other driver has use for
-
-        config = check_source(config, schema)
-    if config.mode == "sync":  # under Ray the learner may run where there is another device than here
-        check_device(config)
-    folder = RunFolder.create(config, command) if resume is None else RunFolder.open(Path(resume))
+    config, warnings, frames = _checked(config)
+    folder: RunFolder[Any] = RunFolder.create(config, command) if resume is None else RunFolder.open(Path(resume))
     with folder.held(), _stop_signals() as stopping, _removed_unless_begun(folder.path), ExitStack() as begun:
         checkpoint = None
         if resume is not None:
-            folder, checkpoint = _resumed(folder, config, command, schema, begun)
+            folder, checkpoint = _resumed(folder, config, command, frames=frames, begun=begun)
             warnings += settings_changed(checkpoint.path, folder.config)
         if show is not None:
             for line in warnings:
                 show(None, line)
             return Run(folder.path, _run(folder, started, checkpoint, show, stopping))
-        with Live(folder.config, console=console) as live:
+        with _display(folder.config, console) as live:
 
             def display(row: dict[str, float] | None, line: str | None) -> None:
                 if row is not None:
@@ -106,9 +114,45 @@ def train(
             return Run(folder.path, _run(folder, started, checkpoint, display, stopping))
 
 
+def _checked(config: RunConfig | LlmConfig) -> tuple[RunConfig | LlmConfig, list[str], bool]:
+    """The settings, made whole by what they name, with lines to warn of, and whether the environment shows frames.
+
+    Raises:
+        ValueError: as `train` says.
+    """
+    if isinstance(config, LlmConfig):
+        from cluster.llm.parts import check
+
+        return config, check(config), False
+    from actors.envs import check_env
+    from cluster.parts import check_device, check_limits
+    from learners.observations import frame_field
+
+    warnings = check_limits(config)
+    schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
+    check_algorithm(config, schema)
+    if config.prior.source is not None:
+        from cluster.prior import check_source  # it compiles kernels, which no other driver has use for
+
+        config = check_source(config, schema)
+    if config.mode == "sync":  # under Ray the learner may run where there is another device than here
+        check_device(config)
+    return config, warnings, frame_field(schema, "auto") is not None
+
+
+def _display(config: RunConfig | LlmConfig, console: Console | None) -> Display:
+    if isinstance(config, LlmConfig):
+        from cluster.llm.live import LlmLive
+
+        return LlmLive(config, console=console)
+    from cluster.live import Live
+
+    return Live(config, console=console)
+
+
 def _resumed(
-    folder: RunFolder, config: RunConfig, command: Sequence[str], schema: StepSchema, begun: ExitStack
-) -> tuple[RunFolder, Checkpoint]:
+    folder: RunFolder[Any], config: RunConfig | LlmConfig, command: Sequence[str], *, frames: bool, begun: ExitStack
+) -> tuple[RunFolder[Any], Checkpoint]:
     """The folder of an earlier run with its new settings, and the checkpoint to go on from.
 
     Where `begun` is left by an exception, the settings may be put back (`cluster.resume.settings_kept_with`).
@@ -116,7 +160,7 @@ def _resumed(
     from cluster.checkpoint import Checkpoints
     from cluster.recorder import replay_folder
     from cluster.resume import check_resumable, settings_kept_with
-    from learners.observations import frame_field
+    from cluster.runs import RunFolder
 
     path = folder.path
     config = config.model_copy(update={"name": path.name, "root": str(path.parent)})
@@ -127,22 +171,26 @@ def _resumed(
         raise FileNotFoundError(f"{path} holds no whole checkpoint to go on from; start a new run")
     if config.checkpoints.replay and not replay_folder(checkpoint.path).is_dir():
         raise ValueError(
-            f"{checkpoint.path} holds no steps; resume with --no-checkpoints.replay, to begin with an empty replay"
+            f"{checkpoint.path} holds no {'groups' if config.kind == 'llm' else 'steps'}; resume with --no-checkpoints.replay, to begin with an empty replay"
         )
-    check_resumable(folder.config, config, frames=frame_field(schema, "auto") is not None)
+    check_resumable(folder.config, config, frames=frames)
     begun.enter_context(settings_kept_with(checkpoints, path / "config.yaml", config))
-    folder = type(folder)(path, config)
+    folder = RunFolder(path, config)
     folder.resumed(command)
     return folder, checkpoint
 
 
 def _run(
-    folder: RunFolder, started: float, checkpoint: Checkpoint | None, show: Show, stopping: threading.Event
+    folder: RunFolder[Any], started: float, checkpoint: Checkpoint | None, show: Show, stopping: threading.Event
 ) -> dict[str, Any]:
+    wall_started = time.monotonic() - (time.time() - started)
+    if folder.config.mode == "sync" and isinstance(folder.config, LlmConfig):
+        from cluster.llm.sync import LlmSyncRun
+
+        return LlmSyncRun(folder, wall_started=wall_started, resume=checkpoint, show=show).run(stopping)
     if folder.config.mode == "sync":
         from cluster.sync import SyncRun
 
-        wall_started = time.monotonic() - (time.time() - started)
         return SyncRun(folder, wall_started=wall_started, resume=checkpoint, show=show).run(stopping)
     from cluster.ray_launch import run_on_ray
 

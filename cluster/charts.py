@@ -43,7 +43,7 @@ class Curves:
     """
 
     def __init__(self, columns: dict[str, Array]) -> None:
-        steps = columns.get("env_steps", np.empty(0))
+        steps = columns.get("env_steps", columns.get("step", np.empty(0)))
         later = np.minimum.accumulate(np.where(np.isfinite(steps), steps, np.inf)[::-1])[::-1]
         keep = ~(steps > np.append(later[1:], np.inf))
         self._columns = {name: values[keep] for name, values in columns.items()} if len(steps) else columns
@@ -54,6 +54,10 @@ class Curves:
         """The metrics of the run in `run_folder`."""
         table = read_metrics(run_folder)
         return cls({name: np.asarray(table[name].to_numpy(), np.float64) for name in table.column_names})
+
+    def names(self) -> tuple[str, ...]:
+        """The columns that there are."""
+        return tuple(self._columns)
 
     def get(self, name: str) -> Array:
         """Values of a column, NaN where a row lacks it."""  # (rows,)

@@ -12,15 +12,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.runs import RunFolder
+    from configs.schema import RunConfig
 
 # Before numpy is imported: its BLAS would put a spinning thread on every core for each small product of an actor.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from configs.load import ConfigError, load_config, nearest, settings_help
+from configs.load import ConfigError, load_run, nearest, settings_help
 
 USAGE = """\
 millrace: distributed actor-learner system for online reinforcement learning
@@ -28,7 +32,8 @@ millrace: distributed actor-learner system for online reinforcement learning
   millrace train [CONFIG] [--SETTING VALUE …] [--resume RUN] [--json]   train; `millrace train --help` lists the settings
   millrace eval RUN [--episodes N] [--seed S] [--checkpoint best|latest] [--video FILE.gif] [--json]
   millrace report RUN [--json]                                          make RUN/report.html again
-  millrace export RUN FILE.onnx [--checkpoint best|latest] [--json]     write the policy as ONNX, checked against torch
+  millrace export RUN FILE.onnx [--checkpoint best|latest] [--json]     write the policy as ONNX, checked against torch; a
+                                                                        language model as a Hugging Face folder
   millrace replay stats|export|import …                                 look into, export and fill a replay service or snapshot
   millrace bench actors|train [CONFIG] [--SETTING VALUE …] [--seconds S] [--json]
   millrace bench replay [--seconds S] [--only PATTERN] [--peers] [--json]
@@ -93,9 +98,9 @@ def _train(words: Sequence[str]) -> int:
             raise UsageError(f"{resume} is not the folder of a run: it holds no config.yaml")
     if {"--help", "-h"} & split.options.keys():
         print("millrace train [CONFIG] [--SETTING VALUE …] [--resume RUN] [--json]\n")
-        print(settings_help(load_config(source, split.settings)))
+        print(settings_help(load_run(source, split.settings)))
         return 0
-    config = load_config(source, split.settings)
+    config = load_run(source, split.settings)
 
     from rich.console import Console
 
@@ -111,52 +116,66 @@ def _train(words: Sequence[str]) -> int:
     run = train(config, resume=resume, console=console, command=["millrace", "train", *words], started=started)
     summary = run.summary
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "run": str(run.path),
-                    "steps": summary["steps"],
-                    "updates": summary["updates"],
-                    "wall_s": round(time.time() - _process_started(), 3),
-                    "mean_return": summary["mean_return"],
-                    **{k: v for k, v in summary.items() if k not in ("steps", "updates", "mean_return")},
-                }
-            )
+        first = (
+            ("updates", "samples", "pass_at_1", "greedy")
+            if config.kind == "llm"
+            else ("steps", "updates", "mean_return")
         )
+        found = {"run": str(run.path), **{key: summary[key] for key in first}}
+        print(json.dumps({**found, "wall_s": round(time.time() - _process_started(), 3), **summary}))
     else:
-        evaluated = summary["mean_return"] is not None
-        print(
-            f"{summary['stop_reason']}: {summary['steps']} steps, {summary['updates']} updates, {summary['time_s']:.1f} s"
-        )
-        if evaluated:
-            print(f"last evaluation: mean return {summary['mean_return']:.1f} ± {summary['std_return']:.1f}")
-            print(
-                f"evaluations took {summary['eval_s']:.1f} s, left out of the {summary['steps_per_s'] or 0:.0f} steps/s"
-            )
+        for line in _outcome(config.kind, summary):
+            print(line)
         print(f"report: {run.report}")
     return 0
 
 
+def _outcome(kind: str, summary: Mapping[str, Any]) -> Iterator[str]:
+    """How a run ended, in lines for a person."""
+    done = f"{summary['samples']} completions" if kind == "llm" else f"{summary['steps']} steps"
+    yield f"{summary['stop_reason']}: {done}, {summary['updates']} updates, {summary['time_s']:.1f} s"
+    if kind == "llm" and summary["pass_at_1"] is not None:
+        yield f"last evaluation: pass@1 {summary['pass_at_1']:.3f}, greedy {summary['greedy']:.3f}"
+        yield f"evaluations took {summary['eval_s']:.1f} s"
+    if kind != "llm" and summary["mean_return"] is not None:
+        yield f"last evaluation: mean return {summary['mean_return']:.1f} ± {summary['std_return']:.1f}"
+        yield f"evaluations took {summary['eval_s']:.1f} s, left out of the {summary['steps_per_s'] or 0:.0f} steps/s"
+
+
 def _eval(words: Sequence[str]) -> int:
-    parser = _parser("eval", "Run deterministic episodes with the policy of a run.")
+    parser = _parser(
+        "eval", "Run deterministic episodes with the policy of a run; have a language model answer held-out prompts."
+    )
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--episodes", type=_positive, default=10, help="episodes (default 10)")
     parser.add_argument(
-        "--seed", type=int, default=None, help="first seed of the environments (default: the run's eval.seed)"
+        "--episodes", type=_positive, default=None, help="episodes (default 10); of a language model, prompts"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=None, help="seed, of the first environment (default: the run's eval.seed)"
     )
     parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="by evaluation, or newest")
     parser.add_argument("--video", type=Path, default=None, metavar="FILE.gif", help="draw one episode into a GIF")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     chosen = parser.parse_args(words)
 
+    from cluster.runs import RunFolder
+
+    folder = RunFolder.open(chosen.run)
+    if folder.config.kind == "llm":
+        from cluster.llm import cli as llm
+
+        return llm.evaluate(folder, chosen)
+    return _evaluate(folder, chosen)
+
+
+def _evaluate(folder: RunFolder[RunConfig], chosen: argparse.Namespace) -> int:
+    """`millrace eval` of a control run."""
     from actors.envs import check_env
     from actors.evaluate import evaluate, record
     from cluster import parts
     from cluster.checkpoint import Checkpoints
     from cluster.recorder import POLICY
-    from cluster.runs import RunFolder
 
-    folder = RunFolder.open(chosen.run)
     config = folder.config
     checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoints.keep)
     checkpoint = (checkpoints.best() if chosen.checkpoint == "best" else None) or checkpoints.latest()
@@ -165,7 +184,7 @@ def _eval(words: Sequence[str]) -> int:
     policy = parts.make_policy(config, check_env(config.env))
     policy.load((checkpoint.path / POLICY).read_bytes())
     seed = config.eval.seed if chosen.seed is None else chosen.seed
-    returns = evaluate(config.env, policy, episodes=chosen.episodes, seed=seed)
+    returns = evaluate(config.env, policy, episodes=chosen.episodes or 10, seed=seed)
     mean = sum(returns) / len(returns)
     std = (sum((r - mean) ** 2 for r in returns) / len(returns)) ** 0.5
     found: dict[str, Any] = {"episodes": len(returns), "mean_return": mean, "std_return": std}
@@ -197,14 +216,23 @@ def _report(words: Sequence[str]) -> int:
 
 def _export(words: Sequence[str]) -> int:
     parser = _parser(
-        "export", "Write the deterministic policy of a run as ONNX, and check it against the policy that actors run."
+        "export",
+        "Write the deterministic policy of a run as ONNX, and check it against the policy that actors run; of a language model "
+        "a Hugging Face folder.",
     )
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("file", type=Path, help="the file to write, such as policy.onnx")
+    parser.add_argument("file", type=Path, help="the file, or the language model's folder, to write")
     parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="by evaluation, or newest")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     chosen = parser.parse_args(words)
 
+    from cluster.runs import RunFolder
+
+    folder = RunFolder.open(chosen.run)
+    if folder.config.kind == "llm":
+        from cluster.llm import cli as llm
+
+        return llm.export(folder, chosen)
     from cluster.export import export
 
     found = export(chosen.run, chosen.file, checkpoint=chosen.checkpoint)

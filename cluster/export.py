@@ -90,11 +90,13 @@ def export(run: Path, to: Path, *, checkpoint: Literal["best", "latest"] = "best
 
     Raises:
         FileNotFoundError: there is no such run, or it holds no whole checkpoint with a policy.
-        ValueError: the checkpoint's policy does not fit the run's settings, or the environment is unknown.
+        ValueError: the run trains a language model; the checkpoint's policy does not fit the run's settings, or the environment is unknown.
         RuntimeError: a package is missing, the policy cannot be a graph, or the graph decides otherwise than the policy.
     """
     folder = RunFolder.open(run)
     config = folder.config
+    if config.kind == "llm":
+        raise ValueError(f"{run} holds a language model; `millrace export {run} FOLDER` writes it for transformers")
     checkpoints = Checkpoints(folder.checkpoints, keep=config.checkpoints.keep)
     found = (checkpoints.best() if checkpoint == "best" else None) or checkpoints.latest()
     if found is None:

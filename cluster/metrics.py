@@ -53,7 +53,7 @@ class MetricsWriter:
         self._closed = False
 
     def write(self, row: Mapping[str, float | None]) -> None:
-        """Add one row; `env_steps`, where present, is its TensorBoard step.
+        """Add one row; its TensorBoard step is `env_steps`, or else `step`, where one of them is there.
 
         Raises:
             ValueError: the writer is closed, or a value is no number.
@@ -100,7 +100,7 @@ class MetricsWriter:
         self.close()
 
     def _write_events(self, row: Mapping[str, float | None]) -> None:
-        step = int(row.get("env_steps") or 0)
+        step = int(row.get("env_steps") or row.get("step") or 0)
         if self._events is None and not self._events_ended:
             self._on_events(lambda: self._open_events(step))
         if self._events is not None:

@@ -11,9 +11,13 @@ from typing import Any
 
 import ray
 
+from configs.llm import LlmLearnersSettings
+from configs.schema import LearnersSettings
+
 START_S = 120.0  # the longest that a process may take to start
 ANSWER_S = 1.0  # where a process takes longer to answer, the head goes on with its last status
 MOST_RESTARTS, WITHIN_S = 5, 60.0  # a process that fails more often than this ends the run
+SAVE_S = 600.0  # the longest that a process may take to write its part of a checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -203,6 +207,38 @@ class Children:
         self.ask_all("shard", "close", timeout_s=10.0)
         for name in list(self._children):
             self.kill(name)
+
+
+def gpus_of_a_learner(settings: LearnersSettings | LlmLearnersSettings, *, tell: Callable[..., None]) -> float:
+    """GPUs that Ray sets aside for each learner; `tell` is `Recorder.event`.
+
+    Raises:
+        RunError: `learners.device` asks for a GPU each, and the cluster has too few.
+    """
+    if settings.gpus is not None:
+        return settings.gpus
+    there = float(ray.cluster_resources().get("GPU", 0.0)) if settings.device != "cpu" else 0.0
+    if there >= settings.count:
+        return 1.0
+    if there and settings.count > 1:
+        if settings.device != "auto":
+            raise RunError(
+                f"learners.device {settings.device} needs a GPU for each of learners.count ({settings.count}) learners, and "
+                f"the cluster has {there:g}; lower learners.count"
+            )
+        tell("warning", f"the learners use CPUs: {settings.count} of them need as many GPUs, and there are {there:g}")
+        return 0.0
+    return there
+
+
+def saved(answer: Any) -> Any:
+    """What a process that wrote a file answers; an OSError there is one here, so that a full disk is known as one."""
+    try:
+        return ray.get(answer, timeout=SAVE_S)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, OSError):
+            raise OSError(error.cause.errno, str(error.cause)) from error
+        raise
 
 
 def short(error: BaseException) -> str:

@@ -13,11 +13,9 @@ from typing import Any
 
 import ray
 
-from actors.envs import check_env
 from cluster.checkpoint import Checkpoint
-from cluster.ray_head import HeadWorker
-from cluster.runs import RunFolder
-from configs.schema import RunConfig
+from cluster.runs import AnyConfig, RunFolder
+from configs.llm import LlmConfig
 from replay.security import check_host
 
 POLL_S = 0.5
@@ -33,13 +31,36 @@ def namespace(run: str) -> str:
     return f"millrace-{run}"
 
 
-def needed_cpus(config: RunConfig) -> float:
+def needed_cpus(config: AnyConfig) -> float:
     """CPUs that Ray must set aside for a run."""
     return config.actors.count * config.actors.cpus + config.learners.count * config.learners.cpus
 
 
+def needed_gpus(config: AnyConfig) -> float:
+    """GPUs that Ray must set aside for a run, but for those that learners take where there are some."""
+    actors = config.actors.count * config.actors.gpus if isinstance(config, LlmConfig) else 0.0
+    return actors + config.learners.count * (config.learners.gpus or 0.0)
+
+
+def _head_of(config: AnyConfig) -> tuple[Any, dict[str, Any]]:
+    """The actor class of the head for this kind of run, and what it takes besides what every head does.
+
+    Raises:
+        EnvError: the environment is unknown or does not fit.
+    """
+    if isinstance(config, LlmConfig):
+        from cluster.ray_llm import LlmHeadWorker
+
+        return LlmHeadWorker, {}
+    from actors.envs import check_env
+    from cluster.ray_control import ControlHeadWorker
+
+    schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
+    return ControlHeadWorker, {"schema": schema.to_json()}
+
+
 def run_on_ray(
-    folder: RunFolder,
+    folder: RunFolder[Any],
     *,
     wall_started: float,
     resume: Checkpoint | None,
@@ -61,13 +82,13 @@ def run_on_ray(
     security.check_files()
     if (warning := check_host(config.replay.host, security)) is not None:
         show(None, warning)
-    schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
+    head_class, arguments = _head_of(config)
     counts = ((config.replay.shards, "shard"), (config.actors.count, "actor"), (config.learners.count, "learner"))
     show(None, "starting " + ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts) + " under Ray")
     try:
         with _sigterm_kept():
             _init(config, namespace(folder.path.name), show)
-        options = HeadWorker.options(  # type: ignore[attr-defined]
+        options = head_class.options(
             name="head",
             namespace=namespace(folder.path.name),
             lifetime="detached",
@@ -78,9 +99,9 @@ def run_on_ray(
         try:
             head = options.remote(
                 str(folder.path.resolve()),
-                schema.to_json(),
                 wall_started,
                 None if resume is None else str(resume.path.resolve()),
+                **arguments,
             )
         except ValueError as error:  # the name is taken
             raise ClusterError(
@@ -121,7 +142,7 @@ def _remove_processes() -> None:
             ray.kill(worker)
 
 
-def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> None:
+def _init(config: AnyConfig, name: str, show: Callable[[None, str], None]) -> None:
     """Start a private Ray or attach to a cluster."""
     address = config.address or os.environ.get("RAY_ADDRESS")
     common = {"namespace": name, "log_to_driver": False, "logging_level": "error"}
@@ -136,7 +157,7 @@ def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> No
             ) from error
         have, want = (
             ray.cluster_resources(),
-            {"CPU": needed_cpus(config), "GPU": config.learners.count * (config.learners.gpus or 0.0)},
+            {"CPU": needed_cpus(config), "GPU": needed_gpus(config)},
         )
         short = [f"{want[k]:g} {k}s, and it has {have.get(k, 0):g}" for k in want if want[k] > have.get(k, 0)]
         nodes = sum(node["Alive"] for node in ray.nodes())
@@ -150,7 +171,7 @@ def _init(config: RunConfig, name: str, show: Callable[[None, str], None]) -> No
             ray.shutdown()
             raise ClusterError(
                 f"the cluster at {address} is too small: the run asks for {'; '.join(short)}; lower actors.count, "
-                "actors.cpus, learners.cpus or learners.gpus"
+                f"actors.cpus, {'actors.gpus, ' * isinstance(config, LlmConfig)}learners.cpus or learners.gpus"
             )
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -6,8 +6,6 @@ alive and tells its error in `status`.
 
 from __future__ import annotations
 
-import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from cluster import parts
+from cluster.ray_threads import Thread, failure_of, process
 from cluster.warned import Warned
 from configs.schema import RunConfig
 from replay.schema import StepSchema
@@ -29,38 +28,6 @@ if TYPE_CHECKING:
     from learners.distributed import Group, Rendezvous
     from replay.server import ShardServer  # they compile kernels, which head and actors have no use for
     from replay.shard import Shard
-
-
-def _failure(error: BaseException) -> dict[str, str]:
-    return {"error": f"{type(error).__name__}: {error}", "error_type": type(error).__name__}
-
-
-class _Thread:
-    """Runs a function in a thread and keeps the error it ended with."""
-
-    def __init__(self, target: Callable[[], None], *, name: str) -> None:
-        self.error: BaseException | None = None
-        self._target = target
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._target()
-        except BaseException as error:
-            logging.getLogger(__name__).exception("%s failed", self._thread.name)
-            self.error = error
-
-    def failure(self) -> dict[str, str]:
-        """{"error": …, "error_type": …} once the function has failed; else empty."""
-        return {} if self.error is None else _failure(self.error)
-
-    def join(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
-
-
-def _process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "node": ray.util.get_node_ip_address()}
 
 
 @ray.remote
@@ -86,7 +53,7 @@ class ShardWorker:
         recover: bool,
         others: Sequence[dict[str, Any]] | None,
     ) -> dict[str, Any]:
-        """Begin to serve. Returns its address, its port, its first status and what `_process` does.
+        """Begin to serve. Returns its address, its port, its first status and what `process` does.
 
         checkpoint: folder with the steps to begin with, where the storage of a dead shard is not taken over.
         recover: take over that storage, if it is there and whole.
@@ -102,7 +69,7 @@ class ShardWorker:
             "status": self.status(),
             "recovered": self._server.shard.recovered,
             "damage": self._server.damage,
-            "process": {**_process(), "health": self._server.health_address},
+            "process": {**process(), "health": self._server.health_address},
         }
 
     def _serve(self, prepare: Callable[[Shard], None], recover: bool) -> ShardServer:
@@ -176,7 +143,7 @@ class ActorWorker:
         import actors.rollout  # noqa: F401
 
     def start(self, addresses: list[str]) -> dict[str, Any]:
-        """Connect to the shards at these addresses and begin to step. Returns what `_process` does."""
+        """Connect to the shards at these addresses and begin to step. Returns what `process` does."""
         chosen = [addresses[i] for i in parts.shards_of_actor(self._config, self._index)]
         name = parts.writer_name(self._index, self._incarnation)
         rows = parts.row_schema(self._config, self._schema)
@@ -199,9 +166,9 @@ class ActorWorker:
             incarnation=self._incarnation,
         )
         self._first_step_at: float | None = None
-        self._fetching = _Thread(self._fetch, name=f"policy-{self._index}")
-        self._stepping = _Thread(self._step, name=f"rollout-{self._index}")
-        return _process()
+        self._fetching = Thread(self._fetch, name=f"policy-{self._index}")
+        self._stepping = Thread(self._step, name=f"rollout-{self._index}")
+        return process()
 
     def _step(self) -> None:
         while not self._stopping.is_set():
@@ -282,7 +249,7 @@ class LearnerWorker:
     def start(
         self, addresses: list[str], checkpoint: str | None, version: int, rendezvous: str | None
     ) -> dict[str, Any]:
-        """Begin to update, from a checkpoint's learner file where one is given. Returns what `_process` does.
+        """Begin to update, from a checkpoint's learner file where one is given. Returns what `process` does.
 
         addresses: of the shards. version: of the first weights published. rendezvous: of the group, where there are several
         learners.
@@ -320,8 +287,8 @@ class LearnerWorker:
             version=version,
             group=self._group,
         )
-        self._updating = _Thread(self._update, name="learner")
-        return _process()
+        self._updating = Thread(self._update, name="learner")
+        return process()
 
     def _join(self, address: str) -> None:
         """Become one of a group, and make the algorithm for a part of each batch."""
@@ -360,7 +327,7 @@ class LearnerWorker:
             try:
                 return parts.learner_status(self._loop) | told
             except FloatingPointError as error:  # found before the next publication found it
-                failure = _failure(error)
+                failure = failure_of(error)
         return {**self._loop.stats(), "metrics": {}, "waiting_for": None, **told, **failure}
 
     def save(self, path: str) -> int:

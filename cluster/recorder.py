@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cluster.books import Books
 from cluster.checkpoint import Checkpoint, Checkpoints
 from cluster.files import DiskFullError, read_json, write_atomically, write_json
-from cluster.head import Head
 from cluster.metrics import MetricsWriter
-from cluster.runs import RunFolder
-from configs.schema import RunConfig
+from cluster.runs import AnyConfig, RunFolder
+from configs.llm import LlmConfig
 
 POLICY = "policy.safetensors"
 LEARNER = "learner.safetensors"
@@ -21,11 +21,11 @@ HEAD = "head.json"
 
 
 def replay_folder(checkpoint: Path) -> Path:
-    """Where a checkpoint keeps the replay's steps (`replay.snapshot`); absent where it holds none."""
+    """Where a checkpoint keeps the replay's rows (`replay.snapshot`); absent where it holds none."""
     return checkpoint / "replay"
 
 
-def settings_changed(checkpoint: Path, config: RunConfig) -> list[str]:
+def settings_changed(checkpoint: Path, config: AnyConfig) -> list[str]:
     """A line for each setting of the replay that is another one than when the checkpoint was written."""
     from replay.restore import settings_differences
 
@@ -33,8 +33,13 @@ def settings_changed(checkpoint: Path, config: RunConfig) -> list[str]:
     return [] if saved is None else settings_differences(saved, replay_settings(config))
 
 
-def replay_settings(config: RunConfig) -> dict[str, Any]:
+def replay_settings(config: AnyConfig) -> dict[str, Any]:
     """What decides what the replay holds and at which pace it is read; as JSON."""
+    if isinstance(config, LlmConfig):
+        queue = {
+            name: getattr(config.replay, name) for name in ("shards", "times_used", "max_policy_lag", "capacity_mb")
+        }
+        return {**queue, "max_waiting_groups": config.waiting_groups}
     settings = config.replay
     chosen = {name: getattr(settings, name) for name in ("shards", "capacity", "segment_steps", "min_size")}
     return {**chosen, "error_buffer": config.error_buffer, "samples_per_insert": config.samples_per_insert}
@@ -45,8 +50,8 @@ class Recorder:
 
     def __init__(
         self,
-        folder: RunFolder,
-        head: Head,
+        folder: RunFolder[Any],
+        head: Books,
         *,
         show: Callable[[dict[str, float] | None, str | None], None],
         resume: Checkpoint | None,
@@ -90,16 +95,18 @@ class Recorder:
         save_shards: Callable[[Path, Path | None], Sequence[dict[str, int]]],
         policy: bytes,
         evaluation: float | None = None,
+        save_more: Callable[[Path], None] | None = None,
     ) -> bool:
         """Write a checkpoint of the learner, the shards, the acting policy and the head's counts.
 
-        `save_learner` returns the updates made. `save_shards` has every shard write its steps into a folder, those left out
+        `save_learner` returns the updates made. `save_shards` has every shard write its rows into a folder, those left out
         that the second folder, of an earlier checkpoint, holds and links can be made to; it returns the shards' counters
-        then. `evaluation` is the mean return of `policy`, where it was measured. Returns whether the checkpoint is there;
-        if not, for the disk is full, a line has said so.
+        then. `evaluation` is the score of `policy`, where it was measured. `save_more` writes further files into the
+        checkpoint's folder, after the shards. Returns whether the checkpoint is there; if not, for the disk is full, a line
+        has said so.
         """
         head, replay = self._head, self._folder.config.checkpoints.replay
-        began, step = time.monotonic(), head.counts.env_steps
+        began, step = time.monotonic(), head.step
         if self._written is not None and self._written[0] == step:
             # A checkpoint of the same step is replaced; a policy that was found better stays the one that it holds.
             _, before, better = self._written
@@ -113,8 +120,10 @@ class Recorder:
                 write_atomically(path / POLICY, policy)
                 if replay:
                     counters = save_shards(replay_folder(path), self._replay_before())
-                    # Steps that came in since the last tick are in the files, so they are in the counts as well.
+                    # Rows that came in since the last tick are in the files, so they are in the counts as well.
                     head.count_shards({f"shard {index}": found for index, found in enumerate(counters)})
+                if save_more is not None:
+                    save_more(path)
                 write_json(path / HEAD, {**head.state(), "replay": replay_settings(self._folder.config)})
         except DiskFullError as error:
             self.event("warning", f"no checkpoint was written: {error}")
@@ -126,7 +135,7 @@ class Recorder:
         return True
 
     def _replay_before(self) -> Path | None:
-        """The steps that the newest checkpoint holds."""
+        """The rows that the newest checkpoint holds."""
         folders = [replay_folder(checkpoint.path) for checkpoint in self._checkpoints.all()]
         return folders[-1] if folders and folders[-1].is_dir() else None
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from cluster.checkpoint import MANIFEST, Checkpoints
 from cluster.files import write_atomically
+from cluster.runs import AnyConfig
 from configs.algorithms import AlgorithmSettings
 from configs.fields import show
+from configs.llm import LlmConfig
 from configs.load import dump_config
 from configs.schema import RunConfig
 
@@ -18,18 +20,20 @@ _NETWORKS = (
     *("chain.length", "chunk", "hidden", "layer_norm", "encoder", "ensemble", "dueling", "recurrent"),
     *("normalise_observations", "learner", "policy"),
 )
+_DISTILS = "algorithm.target.distill_expectile"  # whether there is a distilled critic
+_EMBEDDED = ("layers", "width", "heads", "inner")  # what decides on a language model that is not read from a folder
 
 
-def check_resumable(before: RunConfig, after: RunConfig, *, frames: bool) -> None:
+def check_resumable(before: AnyConfig, after: AnyConfig, *, frames: bool = False) -> None:
     """Look for changes that the networks of a checkpoint cannot follow.
 
     Step sizes, the discount, whether targets are of one step or of several, and expectiles may change (unless a distilled critic
-    comes or goes by them).
+    comes or goes by them). Of a run that trains a language model everything may but the model itself.
 
     Args:
         before: settings of the run so far.
         after: those that it is to go on with.
-        frames: whether the environment shows any, on which the encoder that `auto` stands for depends.
+        frames: whether a control run's environment shows any, on which the encoder that `auto` stands for depends.
 
     Raises:
         ValueError: there are some; the message has one line for each.
@@ -37,30 +41,43 @@ def check_resumable(before: RunConfig, after: RunConfig, *, frames: bool) -> Non
     old, new = _made_of(before, frames), _made_of(after, frames)
     # What only one of them has hangs on a choice that differs as well.
     paths = [path for path in old if path in new and old[path] != new[path]]
-    if "algorithm.name" in paths:
-        paths = ["algorithm.name"]
-    if not paths and before.algorithm.distils != after.algorithm.distils:
-        paths = ["algorithm.target.distill_expectile"]
+    for choice in ("kind", "algorithm.name"):  # the others hang on these
+        if choice in paths:
+            paths = [choice]
+    if len(paths) > 1 and _DISTILS in paths:
+        paths.remove(_DISTILS)
     if paths:
         raise ValueError("\n".join(_refusal(path, before, after) for path in paths))
 
 
-def _refusal(path: str, before: RunConfig, after: RunConfig) -> str:
+def _refusal(path: str, before: AnyConfig, after: AnyConfig) -> str:
     old, new = (show(_value(config, path)) for config in (before, after))
     return (
         f"{path}: the checkpoint was trained with {old}, received {new}; resume with --{path} {old}, or start a new run"
     )
 
 
-def _value(config: RunConfig, path: str) -> Any:
+def _value(config: AnyConfig, path: str) -> Any:
     value: Any = config
     for name in path.split("."):
         value = getattr(value, name)
     return value
 
 
-def _made_of(config: RunConfig, frames: bool) -> dict[str, Any]:
+def _made_of(config: AnyConfig, frames: bool) -> dict[str, Any]:
     """What decides on the networks, by the path of its setting; different values may stand for the same."""
+    own = _model_of(config) if isinstance(config, LlmConfig) else _networks_of(config, frames)
+    return {"kind": config.kind, **own}
+
+
+def _model_of(config: LlmConfig) -> dict[str, Any]:
+    names = ["path", "lora_rank"]
+    names += _EMBEDDED if config.model.path is None else ()
+    names += ["lora_alpha"] if config.model.lora_rank is not None else ()
+    return {f"model.{name}": getattr(config.model, name) for name in names}
+
+
+def _networks_of(config: RunConfig, frames: bool) -> dict[str, Any]:
     algorithm = config.algorithm
     target = algorithm.target
     paths = ["algorithm.name", "env.stack", "algorithm.head.kind"]
@@ -74,6 +91,7 @@ def _made_of(config: RunConfig, frames: bool) -> dict[str, Any]:
         found["algorithm.target.length"] = target.length
     if algorithm.encoder == "auto":
         found["algorithm.encoder"] = "nature" if frames else "none"
+    found[_DISTILS] = algorithm.distils
     return found
 
 
@@ -88,7 +106,7 @@ def _head_settings(algorithm: AlgorithmSettings) -> tuple[str, ...]:
 
 
 @contextmanager
-def settings_kept_with(checkpoints: Checkpoints, file: Path, config: RunConfig) -> Iterator[None]:
+def settings_kept_with(checkpoints: Checkpoints, file: Path, config: AnyConfig) -> Iterator[None]:
     """`config` in the place of the settings in `file`; where the run fails before its next checkpoint they are put back.
 
     So the settings beside a checkpoint are always some that it can be resumed with.

@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import psutil
 import yaml
 
 from cluster.files import read_json, without_nonfinite, write_atomically, write_json
+from configs.llm import LlmConfig
 from configs.schema import RunConfig
 from replay.security import Security, new_token
 
@@ -28,16 +29,19 @@ PACKAGES = ("millrace", "ray", "torch", "envpool", "gymnasium", "pyarrow", "grpc
 TOKEN = "token"
 ADDRESSES = "replay.json"  # while the run is going: {"addresses": […]} of its shards
 
+AnyConfig = RunConfig | LlmConfig
+Config = TypeVar("Config", bound=AnyConfig)
 
-class RunFolder:
+
+class RunFolder(Generic[Config]):
     """`<config.root>/<config.name>/`: config.yaml, run.json, token, events.jsonl, and the folders other parts write below it."""
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
+    def __init__(self, path: Path, config: Config) -> None:
         self.path = path
         self.config = config
 
     @classmethod
-    def create(cls, config: RunConfig, command: Sequence[str]) -> RunFolder:
+    def create(cls, config: Config, command: Sequence[str]) -> RunFolder[Config]:
         """Make the folder, with config.yaml, run.json and token in it; the returned config carries the run's name.
 
         Raises:
@@ -57,8 +61,8 @@ class RunFolder:
             raise FileExistsError(
                 f"{taken} exists already; choose another --name, remove that folder, or go on with it by --resume {taken}"
             )
-        config = config.model_copy(update={"name": name})
-        run = cls(root / name, config)
+        config = cast(Config, config.model_copy(update={"name": name}))
+        run = RunFolder(root / name, config)
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_atomically(run.path / "config.yaml", text.encode())
         write_json(run.path / "run.json", _facts(config, command))
@@ -66,8 +70,8 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
-        """Open the folder of an earlier run.
+    def open(cls, path: Path) -> RunFolder[Any]:
+        """Open the folder of an earlier run; the `kind` in its settings says whether they are a RunConfig or an LlmConfig.
 
         Raises:
             FileNotFoundError: the path holds no config.yaml.
@@ -77,10 +81,13 @@ class RunFolder:
         if not file.is_file():
             raise FileNotFoundError(f"{path} is not the folder of a run: it holds no config.yaml")
         try:
-            config = RunConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            # A run of an earlier version says nothing of its kind.
+            llm = isinstance(values, dict) and values.get("kind") == "llm"
+            config = (LlmConfig if llm else RunConfig).model_validate(values)
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"{file} cannot be used: {error}") from error
-        return cls(path, config)
+        return RunFolder(path, config)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -145,7 +152,7 @@ class RunFolder:
         write_json(self.path / "run.json", self.facts() | {"finished": _now(), "summary": dict(summary)})
 
     def event(self, kind: str, text: str, *, time_s: float | None) -> None:
-        """Append one line to events.jsonl: what happened, `time_s` seconds after the first environment step."""
+        """Append one line to events.jsonl: what happened, `time_s` seconds after the run's clock began."""
         line = json.dumps(without_nonfinite({"time_s": time_s, "kind": kind, "text": text})) + "\n"
         # One write of one line at the end of the file: lines of two processes do not mix.
         descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -155,14 +162,19 @@ class RunFolder:
             os.close(descriptor)
 
 
-def _default_names(config: RunConfig) -> list[str]:
+def _default_names(config: AnyConfig) -> list[str]:
     """Names to try in turn; the later ones serve runs that start in the same second."""
-    environment = re.sub(r"[^A-Za-z0-9._-]+", "-", config.env.id).strip("-._") or "run"
-    base = f"{environment[:60]}-{config.algorithm.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    trained, how = (
+        (Path(config.tasks.source).name, config.algorithm.loss)
+        if isinstance(config, LlmConfig)
+        else (config.env.id, config.algorithm.name)
+    )
+    words = (re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:60] or "run" for text in (trained, how))
+    base = f"{'-'.join(words)}-{time.strftime('%Y%m%d-%H%M%S')}"
     return [base, *(f"{base}-{number}" for number in range(2, 100))]
 
 
-def _facts(config: RunConfig, command: Sequence[str]) -> dict[str, Any]:
+def _facts(config: AnyConfig, command: Sequence[str]) -> dict[str, Any]:
     return {
         "commit": _commit(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},

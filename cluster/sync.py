@@ -23,6 +23,7 @@ from cluster.prior import with_prior
 from cluster.recorder import HEAD, LEARNER, Recorder, replay_folder
 from cluster.runs import RunFolder
 from cluster.warned import Warned
+from configs.schema import RunConfig
 from learners.loop import set_threads
 from replay.samplers import CallSource, Sampler
 from replay.schema import StepSchema
@@ -37,7 +38,7 @@ class SyncRun:
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: RunFolder[RunConfig],
         *,
         wall_started: float,
         resume: Checkpoint | None,

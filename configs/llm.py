@@ -24,6 +24,15 @@ ADVANTAGES = ("grpo", "dr_grpo", "rloo", "whiten", "sign")
 LOSSES = ("clip", "reinforce", "truncated", "gspo", "cispo", "decoupled", "nft")
 
 
+def pass_counts(low: float, high: float, size: int) -> tuple[int, int]:
+    """The fewest and the most passes of a group of `size` whose pass rate is from `low` to `high`, both inclusive.
+
+    The first exceeds the second where no count does: of one attempt, none is from 0.2 to 0.8.
+    """
+    # Rates such as 0.2 have no exact binary form: 0.2 · 15 must give 3, not 4.
+    return math.ceil(low * size - 1e-9), math.floor(high * size + 1e-9)
+
+
 class ModelSettings(Settings):
     """The language model that is trained."""
 
@@ -59,6 +68,9 @@ class WarmStartSettings(Settings):
     steps: int = setting(200, "Steps of supervised training; 0 leaves it out.", unit="steps", ge=0, le=10**7)
     batch_size: int = setting(256, "Examples in one step.", unit="examples", ge=1, le=1_048_576)
     learning_rate: float = setting(1e-3, "Step size of Adam.", unit="step size", gt=0.0, le=1.0)
+    families: tuple[Family, ...] = setting(
+        (), "Families of prompts that the examples are of; empty takes all.", unit="name", max_length=256
+    )
 
 
 class TasksSettings(Settings):
@@ -90,7 +102,13 @@ class TasksSettings(Settings):
         names=("auto", "countdown", "arithmetic", "math", "regex", "tests"),
     )
     processes: int = setting(1, "Verifier processes of each actor.", unit="processes", ge=1, le=1024)
-    timeout_s: float = setting(5.0, "Time a verifier may take for one completion.", unit="seconds", gt=0.0, le=3600.0)
+    timeout_s: float = setting(
+        5.0,
+        "Time a verifier may take for one completion; beside it unit tests have a limit of CPU time, cpu_s in a task's data.",
+        unit="seconds",
+        gt=0.0,
+        le=3600.0,
+    )
     memory_mb: int = setting(
         1024, "Memory that a verifier process may allocate beside what it starts with.", unit="MB", ge=16, le=10**6
     )
@@ -123,20 +141,20 @@ class CurriculumSettings(Settings):
     )
     low: float = setting(0.2, "Lowest pass rate of a group that is kept.", unit="pass rate", ge=0.0, le=1.0)
     high: float = setting(0.8, "Highest pass rate of a group that is kept.", unit="pass rate", ge=0.0, le=1.0)
+    sharpness: float = setting(
+        2.0,
+        "Exponent of that probability: prompts less likely to give such a group are drawn less the higher it is; 0 is uniform.",
+        unit="exponent",
+        ge=0.0,
+        le=100.0,
+    )
     discount: float = setting(
-        0.9,
+        0.8,
         "What a prompt's earlier outcomes weigh after each new group of it; its pass rate changes while the model learns.",
         unit="per group",
         gt=0.0,
         le=1.0,
     )
-
-    def band(self, group_size: int) -> tuple[int, int]:
-        """The fewest and the most passes of a group of `group_size` that is kept: (0, group_size) without a filter."""
-        if self.filter == "none":
-            return 0, group_size
-        # Rates such as 0.2 have no exact binary form: 0.2 · 15 must give 3, not 4.
-        return math.ceil(self.low * group_size - 1e-9), math.floor(self.high * group_size + 1e-9)
 
 
 class SamplingSettings(Settings):
@@ -194,6 +212,13 @@ class SamplersSettings(Settings):
     )
     prompts_ahead: int = setting(
         8, "Groups that an actor has asked the head for ahead of need.", unit="groups", ge=1, le=100_000
+    )
+    hold_back: int = setting(
+        0,
+        "Versions by which actors keep behind the newest weights on purpose, to study how learning takes stale data.",
+        unit="versions",
+        ge=0,
+        le=10_000,
     )
     poll_policy_s: float = setting(
         0.02, "Pause between two requests for newer weights.", unit="seconds", gt=0.0, le=60.0
@@ -537,7 +562,7 @@ def conflicts(config: LlmConfig) -> Iterator[str]:
         )
     if curriculum.low > curriculum.high:
         yield f"curriculum.low ({curriculum.low:g}) must not exceed curriculum.high ({curriculum.high:g})"
-    low, high = curriculum.band(sampling.group_size)
+    low, high = pass_counts(curriculum.low, curriculum.high, sampling.group_size)
     if curriculum.filter == "band" and low > high:
         yield (
             f"curriculum.filter band keeps no group: with sampling.group_size {sampling.group_size} no pass rate lies within "
@@ -546,6 +571,11 @@ def conflicts(config: LlmConfig) -> Iterator[str]:
     needs_group = algorithm.advantage in ("grpo", "dr_grpo", "rloo", "whiten") or algorithm.loss == "nft"
     if sampling.group_size == 1 and needs_group:
         yield f"sampling.group_size 1 has nothing to compare with: algorithm.advantage {algorithm.advantage} needs at least 2"
+    if algorithm.loss == "nft" and (algorithm.steps.coefficient or algorithm.overlong.kind == "shape"):
+        yield (
+            "algorithm.loss nft learns from passes alone: algorithm.steps.coefficient and algorithm.overlong.kind shape would do "
+            "nothing; leave them out"
+        )
     if algorithm.subsample.rollouts is not None and algorithm.subsample.rollouts > sampling.group_size:
         yield (
             f"algorithm.subsample.rollouts ({algorithm.subsample.rollouts}) must not exceed sampling.group_size "
@@ -589,6 +619,11 @@ def conflicts(config: LlmConfig) -> Iterator[str]:
             yield "address names a Ray cluster, and mode sync runs without Ray; drop one of the two"
     if config.mode == "cluster" and learners.device.startswith("cuda") and learners.gpus == 0:
         yield "learners.device names a GPU and learners.gpus is 0: Ray would hide every GPU; leave learners.gpus unset"
+    if config.actors.hold_back > replay.max_policy_lag:
+        yield (
+            f"actors.hold_back ({config.actors.hold_back}) must not exceed replay.max_policy_lag ({replay.max_policy_lag}), or "
+            "every group is dropped"
+        )
     yield from service_conflicts(replay)
     if any(k > evaluation.samples for k in evaluation.attempts):
         yield f"eval.attempts must not exceed eval.samples ({evaluation.samples}): pass@k needs k completions"

@@ -23,6 +23,7 @@ from configs.sources import ConfigError, Dumper, Sources, Words, got, scalar
 __all__ = ["ConfigError", "dump_config", "find_config", "load", "load_config", "load_run", "nearest", "settings_help"]
 
 PACKAGED = Path(__file__).parent
+KINDS = ("control", "llm")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -39,8 +40,12 @@ def load_config(path: str | Path | None, flags: Sequence[str] = ()) -> RunConfig
 def load_run(path: str | Path | None, flags: Sequence[str] = ()) -> RunConfig | LlmConfig:
     """As `load_config`, for a run of whatever kind: the setting `kind` says which settings there are."""
     sources = _sources(path, flags)
-    if str(sources.values.get("kind")) == "llm":
+    kind = str(sources.values.get("kind", "control"))
+    if kind == "llm":
         return _checked(LlmConfig, sources)
+    if kind != "control":  # which settings there may be hangs on it, so the rest is not judged
+        sources.problem("kind", _rejected(f"one of {', '.join(KINDS)}", sources.values["kind"], KINDS))
+        raise ConfigError("\n".join(sources.problems))
     return _checked(RunConfig, sources)
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from .queue_readers import QueueReader, QueueSource
+from .queue_spec import GROUP
 from .queue_writers import Connect
 from .queues import Delivery
 
@@ -35,12 +36,18 @@ class _Ready:
     version: int
     rows: pa.RecordBatch
 
+    @property
+    def identity(self) -> tuple[int, int, int | str]:
+        """The same for another delivery of this group, and no other's."""
+        return self.source, self.time, self.rows.column(GROUP)[0].as_py()
+
 
 class QueueSampler:
     """Batches of whole groups over all shards of a queue table, oldest first over the shards to within one batch.
 
-    A batch is consumed by `acknowledge`. With several shards and several readers each may hold a part of a batch that lacks
-    the groups the other holds; both go on when more groups come or one of them closes.
+    A batch is consumed by `acknowledge`. A group that is sampled several times is in as many batches: a second delivery of one
+    waits for the next. With several shards and several readers each may hold a part of a batch that lacks the groups the
+    other holds; both go on when more groups come or one of them closes.
     """
 
     def __init__(self, sources: Sequence[QueueSource], *, groups: int | None = None, rows: int | None = None) -> None:
@@ -67,12 +74,21 @@ class QueueSampler:
             for source in self._sources:
                 source.tell(version)
             self._begun = [g for g in self._begun if self._is_fresh(g)]
-        while not self._is_full():
-            if (group := self._oldest(deadline)) is None:
-                whys = "; ".join(dict.fromkeys(source.why() for source in self._sources))
-                raise TimeoutError(f"no batch within {timeout_s:g} s: waiting for {whys}")
-            if self._is_fresh(group):
-                self._begun.append(group)
+        again: list[_Ready] = []
+        begun = {group.identity for group in self._begun}
+        try:
+            while not self._is_full():
+                if (group := self._oldest(deadline)) is None:
+                    whys = "; ".join(dict.fromkeys(source.why() for source in self._sources))
+                    raise TimeoutError(f"no batch within {timeout_s:g} s: waiting for {whys}")
+                if group.identity in begun:
+                    again.append(group)
+                elif self._is_fresh(group):
+                    self._begun.append(group)
+                    begun.add(group.identity)
+        finally:
+            for group in reversed(again):
+                self._ready[group.source].appendleft(group)
         picked, self._begun = self._begun, []
         leases: list[list[int]] = [[] for _ in self._sources]
         for group in picked:

@@ -161,7 +161,7 @@ def parts_of(batch: pa.RecordBatch, spec: QueueSpec) -> list[Part]:
     """
     if not batch.schema.equals(spec.schema):
         raise SchemaError(
-            f"rows do not fit queue {spec.name!r}: expected {_text(spec.schema)}; received {_text(batch.schema)}"
+            f"rows do not fit queue {spec.name!r}: expected {columns_text(spec.schema)}; received {columns_text(batch.schema)}"
         )
     try:
         batch.validate(full=True)
@@ -194,5 +194,6 @@ def parts_of(batch: pa.RecordBatch, spec: QueueSpec) -> list[Part]:
     return parts
 
 
-def _text(schema: pa.Schema) -> str:
+def columns_text(schema: pa.Schema) -> str:
+    """Columns and their types in words."""
     return ", ".join(f"{f.name}: {f.type}{'' if f.nullable else ' not null'}" for f in schema)

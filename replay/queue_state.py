@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,11 @@ _COUNTS = (
     "dropped_stale_groups",
     "dropped_incomplete_rows",
     "dropped_incomplete_groups",
+    "delivered_rows",
+    "delivered_groups",
+    "restoring",  # 1 while groups are being restored: a process that finds it begins anew
 )
+_INTERNAL = ("number", "restoring")
 Leases = Sequence[tuple[int, int]]  # (lease, group)
 
 
@@ -168,6 +172,8 @@ class QueueState:
         record = self._append(DELIVER, {"reader": reader, "leases": list(leases.items())})
         self.lent[number] = Lent(reader, record.position, leases)
         for group in groups:
+            self.counts["delivered_groups"] += 1
+            self.counts["delivered_rows"] += group.size
             group.leased += 1
             if group.consumed + group.leased >= self.spec.times_sampled:
                 self._let_wait(group, False)
@@ -223,9 +229,31 @@ class QueueState:
         """Forget one without incomplete groups: were it to come back, it would be a new one."""
         self._carriers.pop(self.writers.pop(name).position, None)
 
-    def set_counts(self, counts: dict[str, int]) -> None:
-        """Take over another queue's counters."""
-        self.counts.update({k: v for k, v in counts.items() if k in self.counts and k != "number"})
+    def counters(self) -> dict[str, int]:
+        """What was inserted, delivered, consumed and dropped over the queue's life, in rows and groups."""
+        return {name: count for name, count in self.counts.items() if name not in _INTERNAL}
+
+    def begin_restore(self, writer: str) -> None:
+        """From the next `insert` to `end_restore`, a process that takes over from a killed one finds an empty queue."""
+        self.writers[writer] = Writer()
+        self.counts["restoring"] = 1
+
+    def end_restore(self, writer: str, counters: Mapping[str, int]) -> None:
+        """Let what `writer` inserted count, and take over another queue's counters."""
+        self.forget_writer(writer)
+        self.counts.update({name: counters.get(name, 0) for name in self.counters()})
+        self.counts["restoring"] = 0
+        self._commit(None)
+
+    def clear(self) -> None:
+        """Forget all rows and counters. Writers that are connected may stay: they have inserted nothing."""
+        while self._log.records:
+            self._log.drop_first()
+        self.writers = {name: Writer() for name, known in self.writers.items() if known.position < 0}
+        for held in (self.messages, self.groups, self.lent, self.waiting, self._carriers):
+            held.clear()
+        self.charged = self.held_rows = self.pending_rows = self.pending_groups = 0
+        self.counts = dict.fromkeys(_COUNTS, 0)
         self._commit(None)
 
     def _append(self, kind: int, meta: dict[str, Any], payload: Any = b"") -> Record:
@@ -376,6 +404,9 @@ class QueueState:
     def _replay(self) -> None:
         """Build the state from the log's records."""
         self.counts = dict(zip(_COUNTS, self._log.counters, strict=False))
+        if self.counts["restoring"]:
+            self.clear()
+            return
         messages: dict[int, tuple[Record, dict[str, Any]]] = {}
         consumed: dict[int, int] = {}  # group → how often
         for record in self._log.records:

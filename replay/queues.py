@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from .clock import Clock
+from .queue_copies import GroupCopy, QueueCopy, copy_of, fill
 from .queue_log import encode, record_size
 from .queue_spec import MAX_GROUPS, Part, QueueSpec, parts_of
 from .queue_state import Group, QueueState, Writer
@@ -30,7 +31,6 @@ from .schema import SchemaError
 
 _WRITERS = 4096  # that are remembered, of those not connected
 _NAME = 64  # characters
-_RESTORE = "millrace.restore"
 
 
 class WriterEndedError(RuntimeError):
@@ -389,10 +389,20 @@ class Queue:
     # ------------------------------------------------------------------ state
 
     def stats(self) -> dict[str, Any]:
-        """Counters over the queue's life, what it holds, seconds per state, and what callers wait for.
+        """Counters over the queue's life, what it holds, and what callers wait for.
 
-        `consumed_*` counts acknowledgements: a group sampled n times counts n times. `duplicates` and
-        `unknown_acknowledgements` count since the process began.
+        Over its life, kills and restores included, each as `…_rows` and `…_groups`:
+            inserted: rows taken, and groups that were completed.
+            delivered: handed to readers; what is given back and delivered again counts again.
+            consumed: acknowledged; a group sampled n times counts n times. What is acknowledged after the group was dropped does
+                not count.
+            dropped_stale: behind the reader's version by more than `max_policy_lag`.
+            dropped_incomplete: left incomplete by their writer; `inserted_rows` has them, `inserted_groups` does not.
+        Now: `groups` and `rows` held; `waiting_groups` and `waiting_rows` to be delivered; `leased_groups`, delivered and not
+            acknowledged; `incomplete_groups`; `bytes` of `capacity_bytes`; `writers` and `readers` that are connected;
+            `waiting`, what callers wait for in words.
+        Since the process began: `duplicates`, messages that came again; `unknown_acknowledgements`, of leases that had
+            ended; `time/…`, seconds per state.
         """
         with self._changed:
             self._end_leases()
@@ -406,7 +416,7 @@ class Queue:
                 "leased_groups": sum(len(d.leases) for d in state.lent.values()),
                 "bytes": state.charged,
                 "capacity_bytes": self.spec.capacity_bytes,
-                **{name: count for name, count in state.counts.items() if name != "number"},
+                **state.counters(),
                 "duplicates": self._duplicates,
                 "unknown_acknowledgements": self._unknown,
                 "writers": sum(p.connections > 0 for p in self._writers.values()),
@@ -427,51 +437,30 @@ class Queue:
             party = self._writers.get(caller) or self._readers.get(caller)
             return (party and party.why) or "nothing"
 
-    def copy(self) -> tuple[dict[str, int], list[tuple[dict[str, int], pa.RecordBatch]]]:
-        """The queue as it stands, for a snapshot: its counters, and its complete groups, oldest first.
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever inserted, so that groups may be restored."""
+        return self._state.counts["inserted_rows"] == 0
 
-        A group comes as {"consumed", "time"} and its rows. One that is delivered and not acknowledged is there and not
-        consumed. Incomplete ones are left out and counted as dropped: their writers do not outlive a resumed job.
+    def copy(self) -> QueueCopy:
+        """The queue as it stands, for a snapshot; nobody is served until its rows are copied.
+
+        A group is consumed when its acknowledgement has come: one that is delivered and not acknowledged is in the copy.
         """
         with self._changed:
-            groups = sorted((g for g in self._state.groups.values() if g.complete), key=lambda g: g.order)
-            open_ = [g for g in self._state.groups.values() if not g.complete]
-            counts = {name: count for name, count in self._state.counts.items() if name != "number"}
-            counts["dropped_incomplete_groups"] += len(open_)
-            counts["dropped_incomplete_rows"] += sum(g.rows for g in open_)
-            return counts, [({"consumed": g.consumed, "time": g.time}, self._state.gather([g])) for g in groups]
+            return copy_of(self._state)
 
-    def restore(self, counts: dict[str, int], groups: Iterable[tuple[dict[str, int], pa.RecordBatch]]) -> None:
-        """Fill an empty queue from `copy`, or from a share of its groups, and take over its counters.
+    def restore(self, counters: Mapping[str, int], groups: Iterable[tuple[GroupCopy, pa.RecordBatch]]) -> None:
+        """Fill an empty queue, before it has callers, with groups of a `copy` in their order, and take over its counters.
+
+        All or nothing, whatever kills the process meanwhile.
 
         Raises:
-            ValueError: the queue is not empty, or too small for the groups.
-            SchemaError: the groups have other columns.
+            ValueError: the queue is not empty, is too small for the groups, or has another `group_size`.
+            SchemaError: the groups have other columns, or are damaged.
         """
         with self._changed:
-            if self._state.counts["inserted_rows"]:
-                raise ValueError(f"queue {self.spec.name!r} holds rows; only an empty one can be restored")
-            writer = self._state.writers.setdefault(_RESTORE, Writer())
-            for sequence, (about, batch) in enumerate(groups):
-                parts = parts_of(batch, self.spec)
-                payload = batch.serialize()
-                meta = self._state.message_meta(
-                    _RESTORE, sequence, batch.num_rows, parts, about["consumed"], about["time"]
-                )
-                size = record_size(len(encode(meta)), payload.size)
-                self._check_size(parts, size)
-                if self._state.charged + self._state.charge(size, len(parts)) > self.spec.capacity_bytes:
-                    raise ValueError(
-                        f"queue {self.spec.name!r} is too small for the groups to restore: group {sequence} does not "
-                        f"fit; raise capacity_bytes above {self.spec.capacity_bytes}"
-                    )
-                if about["consumed"] < self.spec.times_sampled:
-                    self._state.insert(meta, payload)
-            if writer.position >= 0:
-                self._state.forget_writer(_RESTORE)
-            else:
-                del self._state.writers[_RESTORE]
-            self._state.set_counts(counts)
+            fill(self._state, counters, groups)
             self._changed.notify_all()
 
     def close(self, *, remove: bool) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from configs.fields import Setting, nearest_path, walk
-from configs.load import ConfigError, dump_config, find_config, load, load_config, nearest, settings_help
+from configs.load import ConfigError, dump_config, find_config, load, load_config, load_run, nearest, settings_help
 from configs.schema import RunConfig, Settings, setting
 
 PACKAGED = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -94,8 +94,8 @@ def test_defaults_are_within_their_own_bounds() -> None:
 
 @pytest.mark.parametrize("path", PACKAGED, ids=lambda p: p.stem)
 def test_packaged_configs_load_and_set_nothing_twice(path: Path) -> None:
-    config: Any = load_config(path)
-    assert config.env.id in path.read_text()
+    config: Any = load_run(path)
+    assert (config.tasks.source if config.kind == "llm" else config.env.id) in path.read_text()
 
 
 # -- values from files and flags --------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from cluster.head import STALL_S, Evaluation, Head, Tick
+from cluster.books import STALL_S
+from cluster.head import Evaluation, Head, Tick
 from configs.schema import RunConfig
 
 

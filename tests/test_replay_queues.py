@@ -12,18 +12,21 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from learners.llm import rows as completions
 from replay.queue_log import LogError, RingLog, encode
 from replay.queue_readers import CallQueueSource, QueueReader
 from replay.queue_sampler import QueueSampler, queue_sampler
@@ -123,7 +126,7 @@ class Model:
         self.times, self.lag, self.limit = times, lag, limit
         self.open: dict[tuple[str, int], Begun] = {}
         self.complete: list[Begun] = []
-        self.stale = self.incomplete = self.consumed = 0
+        self.stale = self.incomplete = self.consumed = self.delivered = self.delivered_rows = 0
 
     def waiting(self) -> list[Begun]:
         return [g for g in self.complete if g.consumed + g.leased < self.times]
@@ -154,6 +157,8 @@ class Model:
             return None
         for group in picked:
             group.leased += 1
+        self.delivered += len(picked)
+        self.delivered_rows += sum(group.size for group in picked)
         return picked
 
     def end_lease(self, group: Begun, used: bool) -> None:
@@ -270,6 +275,7 @@ def test_a_queue_does_what_the_model_says_and_comes_back_so(
         assert stats["dropped_stale_groups"] == model.stale
         assert stats["dropped_incomplete_groups"] == model.incomplete
         assert stats["consumed_groups"] == model.consumed
+        assert (stats["delivered_groups"], stats["delivered_rows"]) == (model.delivered, model.delivered_rows)
     queue.close(remove=True)
 
 
@@ -488,27 +494,6 @@ def test_string_groups_and_a_fixed_group_size(path: Path) -> None:
     writer.close()
 
 
-def test_a_copy_restores_the_consumed_frontier(path: Path) -> None:
-    queue = opened(make_spec(times_sampled=2), path)
-    queue.connect("w")
-    for number in range(4):
-        queue.insert("w", number, whole(number), timeout_s=0.0)
-    queue.insert("w", 4, rows([99], [9], [2]), timeout_s=0.0)
-    assert [take(queue, 2), take(queue, 2)] == [[0, 1, 2, 3]] * 2
-    assert take(queue) == [4, 5]
-    queue.deliver("reader", "s", groups=2, timeout_s=0.0)  # not acknowledged
-    counts, groups = queue.copy()
-    again = opened(make_spec(times_sampled=2), path.with_name("again"))
-    again.restore(counts, groups)
-    assert again.stats()["consumed_groups"] == 5
-    assert again.stats()["dropped_incomplete_rows"] == 1
-    again.close(remove=False)
-    again = opened(make_spec(times_sampled=2), path.with_name("again"))
-    assert [take(again), take(again), take(again), take(again)] == [[4, 5], [6, 7], [6, 7], None]
-    with pytest.raises(ValueError, match="empty"):
-        again.restore(counts, groups)
-
-
 def test_a_file_of_another_queue_or_in_use_or_damaged_is_refused(path: Path) -> None:
     queue = opened(make_spec(), path)
     with pytest.raises(OSError, match="in use"):
@@ -720,6 +705,33 @@ def test_groups_of_two_shards_come_oldest_first(tmp_path: Path) -> None:
         sampler.close()
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_group_sampled_twice_is_in_two_batches(tmp_path: Path, shards: int) -> None:
+    """Though a shard with few groups delivers the same one again before the batch is full."""
+    queues = [Queue(make_spec(times_sampled=2, max_policy_lag=0), tmp_path / str(i)) for i in range(shards)]
+    sampler = QueueSampler([CallQueueSource(q, groups=1, partial=True) for q in queues], groups=3)
+    writers = [CallQueueWriter(queue) for queue in queues]
+    writers[0].append(whole(0))
+    writers[-1].append(whole(1))
+    with pytest.raises(TimeoutError):
+        sampler.sample(0.1)
+    for number in range(2, 7):
+        writers[number % shards].append(whole(number))
+    seen = []
+    for _ in range(4):
+        batch = sampler.sample(1.0)
+        groups = batch.rows.column("group").to_pylist()[::2]
+        assert len(set(groups)) == 3
+        assert batch.sizes == [2, 2, 2]
+        seen += groups
+        sampler.acknowledge(batch)
+    assert sum(queue.stats()["consumed_groups"] for queue in queues) == 12
+    assert all(seen.count(group) <= 2 for group in range(7))
+    with pytest.raises(TimeoutError):
+        sampler.sample(0.0)  # two deliveries are left
+    sampler.close()
+
+
 def test_what_the_shard_refuses_surfaces_at_the_client(path: Path) -> None:
     with served(path) as (queue, address):
         with pytest.raises(flight.FlightServerError, match="no queue 'other'"):
@@ -915,6 +927,134 @@ DELIVER = [f"queue.deliver.{where}:5" for where in ("rows", "record", "commit", 
 CONSUME = [f"queue.consume.{where}:3" for where in ("rows", "record", "commit", "reply")]
 MOVE = [f"queue.move.{where}:1" for where in ("rows", "record", "commit")]
 TIGHT = {"capacity_bytes": 1 << 18, "max_message_bytes": 1 << 16, "max_waiting_groups": 16}
+LLM = QueueSpec(
+    name="q",
+    schema=completions.SCHEMA,
+    times_sampled=2,
+    max_policy_lag=2,
+    max_waiting_groups=6,
+    capacity_bytes=1 << 18,
+    max_message_bytes=1 << 16,
+)
+
+
+def completions_of(group: int, version: int) -> pa.RecordBatch:
+    """A whole group of 4 completions whose every value tells which it is."""
+    return completions.to_rows(
+        [
+            completions.Completion(
+                group=group,
+                index=index,
+                task=group % 7,
+                family=f"{group % 3} numbers",
+                seed=4 * group + index,
+                prompt=np.full(group % 5, group, np.int32),
+                tokens=np.arange((group + index) % 9, dtype=np.int32) + group,
+                log_probs=-np.arange((group + index) % 9, dtype=np.float32),
+                kept=np.zeros((group + index) % 9, np.float32),
+                versions=np.full((group + index) % 9, version, np.int32),
+                finish=("stop", "length")[index % 2],
+                reward=index / 2,
+                passed=index > 1,
+                reason="x" * (group % 300),
+            )
+            for index in range(4)
+        ]
+    )
+
+
+def test_groups_of_completions_over_two_shards_that_are_killed(tmp_path: Path) -> None:
+    """Each sampled twice, within bounded staleness, by writers that are held back: all is accounted for."""
+    paths = [tmp_path / "a", tmp_path / "b"]
+    faults = [[INSERT[0], INSERT[2], DELIVER[3]], [CONSUME[1], CONSUME[3], DELIVER[1]]]
+    servers = [Served(LLM, path, points) for path, points in zip(paths, faults, strict=True)]
+    addresses = [f"grpc://127.0.0.1:{server.port}" for server in servers]
+    stop = threading.Event()
+    inserted: list[list[int]] = [[], []]
+    used: Counter[int] = Counter()
+    learner_version = 0
+    failures: list[BaseException] = []
+
+    def write(index: int) -> None:
+        rng = random.Random(index)
+        writer = QueueWriter(addresses[index], LLM.schema, table="q", in_flight=2)
+        group = index
+        while not stop.is_set():
+            writer.append(completions_of(group, max(0, learner_version - rng.randrange(4))))  # some are too old
+            inserted[index].append(group)
+            group += 2
+        writer.flush()
+        writer.close()
+
+    def read() -> None:
+        nonlocal learner_version
+        sampler = queue_sampler(addresses, LLM.schema, table="q", groups=4)
+        while True:
+            try:
+                batch = sampler.sample(1.0, version=learner_version)
+            except TimeoutError:
+                if stop.is_set() and not any(writer.is_alive() for writer in writers):
+                    break
+                continue
+            groups = batch.rows.column("group").to_pylist()[::4]
+            assert len(set(groups)) == 4, "a group is in a batch once"
+            for place, (group, version) in enumerate(zip(groups, batch.versions, strict=True)):
+                assert version >= learner_version - 2
+                expected = completions_of(group, 0).drop_columns(["versions", "policy_version"])
+                assert batch.rows.slice(4 * place, 4).drop_columns(["versions", "policy_version"]).equals(expected)
+            sampler.acknowledge(batch)
+            used.update(groups)
+            learner_version += sum(used.values()) % 3 == 0
+        sampler.flush()
+        sampler.close()
+
+    def guarded(call: Any, *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except BaseException as error:
+            failures.append(error)
+            stop.set()
+
+    writers = [threading.Thread(target=guarded, args=(write, i), daemon=True) for i in range(2)]
+    reader = threading.Thread(target=guarded, args=(read,), daemon=True)
+    try:
+        for thread in (*writers, reader):
+            thread.start()
+        wait_for(lambda: failures or all(server.deaths >= 3 for server in servers), 120.0)
+        for server in servers:
+            before = server.deaths
+            server.kill()
+            wait_for(lambda server=server, before=before: server.deaths > before)
+        stop.set()
+        for thread in (*writers, reader):
+            thread.join(60.0)
+            assert not thread.is_alive()
+    finally:
+        stop.set()
+        for server in servers:
+            server.close()
+    assert failures == []
+    queues = [Queue(LLM, path) for path in paths]
+    stats = [queue.stats() for queue in queues]
+    total = Counter({name: sum(found[name] for found in stats) for name in stats[0] if name.endswith("_groups")})
+    everything = {*inserted[0], *inserted[1]}
+    left = {}
+    for queue in queues:
+        copy = queue.copy()
+        groups = [group for batch in copy.batches for group in batch.column("group").to_pylist()[::4]]
+        left.update({group: known.consumed for group, known in zip(groups, copy.groups, strict=True)})
+    dropped = everything - left.keys() - {group for group, times in used.items() if times == 2}
+    assert max(used.values()) == 2
+    assert used.keys() <= everything
+    assert left == {group: used[group] for group in left}, "what is consumed is what was acknowledged"
+    assert total["inserted_groups"] == len(everything) == len(inserted[0] + inserted[1])
+    assert total["dropped_stale_groups"] == len(dropped) > 0
+    assert total["incomplete_groups"] == total["dropped_incomplete_groups"] == 0, (
+        "a message is there whole or not at all"
+    )
+    late = sum(used.values()) - total["consumed_groups"]  # acknowledged when the group's other delivery was too old
+    assert 0 <= late <= sum(used[group] for group in dropped)
+    assert total["delivered_groups"] >= sum(used.values())
 
 
 def test_killed_at_every_point_it_loses_and_doubles_nothing(path: Path) -> None:

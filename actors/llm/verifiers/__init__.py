@@ -1,0 +1,1 @@
+"""What judges completions: verifiers, and the processes that they run in."""

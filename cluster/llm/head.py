@@ -1,0 +1,215 @@
+"""What the head of a language-model run knows and decides: counts, waste, evaluations, when to stop.
+
+Pure bookkeeping, as `cluster.head` is for control. The unit in which evaluations are due is the learner step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from cluster.books import Books, CommonCounts, Moment, Stats
+from configs.llm import LlmConfig
+
+# Counter of an actor's status → field of the counts.
+_ACTOR_COUNTS = ("samples", "tokens", "groups", "kept_groups", "passes", "scored", "unscored", "cut_off", "failed")
+
+
+@dataclass
+class LlmCounts(CommonCounts):
+    """What a run has done since it was first started, over all its resumptions and restarts."""
+
+    samples: int = 0  # completions sampled
+    tokens: int = 0  # of them
+    groups: int = 0  # whole groups that came to an end
+    kept_groups: int = 0  # of those, written to the replay service
+    scored: int = 0  # completions judged
+    passes: int = 0  # of those, passed
+    unscored: int = 0  # completions dropped because nobody could judge them
+    cut_off: int = 0  # completions that reached the most tokens
+    failed: int = 0  # prompts that could not be sampled
+    inserted_groups: int = 0  # taken in by the shards
+    consumed_groups: int = 0  # used by the learners, and acknowledged
+    dropped_stale_groups: int = 0
+    trained_samples: int = 0  # completions sampled while throughput was reckoned
+
+
+@dataclass(frozen=True)
+class LlmEvaluation:
+    """One evaluation of one policy version; `figures` as `actors.llm.evaluate.summary` names them."""
+
+    step: int
+    version: int
+    figures: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return float(self.figures["seconds"])
+
+    @property
+    def score(self) -> float:
+        """pass@1: what the best evaluation is the best in."""
+        return float(self.figures["pass_at_1"])
+
+    @property
+    def text(self) -> str:
+        figures = self.figures
+        more = "".join(f", pass@{k.removeprefix('pass_at_')} {v:.3f}" for k, v in figures.items() if _is_more(k))
+        return (
+            f"evaluation at learner step {self.step}: pass@1 {self.score:.3f} ± {figures['pass_at_1_error']:.3f}, greedy "
+            f"{figures['greedy']:.3f}{more} over {figures['prompts']:.0f} prompts in {self.seconds:.1f} s"
+        )
+
+    def row(self) -> dict[str, float]:
+        """Its metrics."""
+        return {"eval/step": float(self.step), **{f"eval/{name}": value for name, value in self.figures.items()}}
+
+
+def _is_more(name: str) -> bool:
+    return name.startswith("pass_at_") and name.removeprefix("pass_at_").isdecimal() and name != "pass_at_1"
+
+
+@dataclass
+class LlmTick(Moment):
+    """Status of every process at one moment."""
+
+    desk: Mapping[str, float] = field(default_factory=dict)  # `Desk.metrics`
+
+
+class LlmHead(Books):
+    """Bookkeeping of one run that trains a language model."""
+
+    SHARD_COUNTS: ClassVar[Mapping[str, str]] = {
+        name: name for name in ("inserted_groups", "consumed_groups", "dropped_stale_groups")
+    }
+    config: LlmConfig
+    counts: LlmCounts
+    last_evaluation: LlmEvaluation | None
+
+    def __init__(self, config: LlmConfig, *, wall_started: float, state: Mapping[str, Any] | None = None) -> None:
+        """
+        wall_started: monotonic time at which the command was started.
+        state: what `state` returned before the run was stopped.
+        """
+        counts = LlmCounts() if state is None else LlmCounts(**state["counts"])
+        super().__init__(config, counts, wall_started=wall_started, state=state)
+        self.first: dict[str, float] = {} if state is None else dict(state["first"])
+        self._first_asked = False
+
+    # ------------------------------------------------------------------- units
+
+    @property
+    def step(self) -> int:
+        return self.counts.updates
+
+    @property
+    def work(self) -> int:
+        return self.counts.samples
+
+    @property
+    def _stop_step(self) -> float:
+        return self.config.stop.updates or math.inf
+
+    # ------------------------------------------------------------------- ticks
+
+    def _take_in(self, tick: Moment) -> None:
+        counts = self.counts
+        for name, stats in tick.actors.items():
+            for key in _ACTOR_COUNTS:
+                setattr(counts, key, getattr(counts, key) + int(self._delta(name, stats, key)))
+            self._add_seconds("actor", name, stats, "")
+
+    def _counted(self) -> dict[str, float]:
+        found = asdict(self.counts)
+        return {
+            **{key: float(found[key]) for key in _ACTOR_COUNTS},
+            **{key: float(found[key]) for key in self.SHARD_COUNTS},
+            "step": float(self.step),
+        }
+
+    def _trained(self, work: int, seconds: float) -> dict[str, float]:
+        self.counts.trained_samples += work
+        return {"samples_per_s": work / seconds}
+
+    def _row(self, tick: Moment) -> dict[str, float]:
+        assert isinstance(tick, LlmTick)
+        counts = self.counts
+        row = {
+            "waiting_groups": _sum(tick.shards, "waiting_groups"),
+            "leased_groups": _sum(tick.shards, "leased_groups"),
+        }
+        if counts.groups:
+            row["kept_share"] = counts.kept_groups / counts.groups
+        if counts.scored:
+            row["pass_rate"] = counts.passes / counts.scored
+        if counts.samples:
+            row["length_mean"] = counts.tokens / counts.samples
+            row["cut_off_share"] = counts.cut_off / counts.samples
+        row["running"] = _sum(tick.actors, "running")
+        versions = [float(s["version"]) for s in tick.actors.values() if s.get("version")]
+        if versions and not tick.ending:
+            row["policy_lag"] = counts.version - math.fsum(versions) / len(versions)
+        decode = self._seconds.get("time/actor/decode_s", 0.0)
+        if decode:
+            row["decode_tokens_per_s"] = counts.tokens / decode
+        return row | dict(tick.desk)
+
+    # --------------------------------------------------------------- decisions
+
+    def evaluated(self, evaluation: LlmEvaluation) -> bool:  # type: ignore[override]
+        """As `Books.evaluated`; the first of a run is kept to be compared with the last."""
+        if not self.first:
+            self.first = dict(evaluation.figures)
+        return super().evaluated(evaluation)
+
+    def evaluation_due(self) -> bool:
+        """As `Books.evaluation_due`; the first is due as soon as there are weights, before anything is learnt by reward."""
+        if self.config.eval.every and self.counts.version > 0 and not (self.first or self._first_asked):
+            self._first_asked = True  # once: one that fails is not tried again at every look
+            return True
+        return super().evaluation_due()
+
+    def _solved(self) -> str | None:
+        goal, last = self.config.stop.pass_at_1, self.last_evaluation
+        if goal is None or last is None or last.score < goal:
+            return None
+        return f"solved: pass@1 {last.score:.3f} ≥ {goal:g}"
+
+    def _done(self) -> str | None:
+        stop, counts = self.config.stop, self.counts
+        if stop.updates is not None and counts.updates >= stop.updates:
+            return f"{counts.updates} of {stop.updates} learner steps done"
+        if stop.samples is not None and counts.samples >= stop.samples:
+            return f"{counts.samples} of {stop.samples} completions sampled"
+        return None
+
+    # ------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "first": self.first}
+
+    def summary(self, *, stop_reason: str) -> dict[str, Any]:
+        """How the run ended."""
+        counts, last = self.counts, self.last_evaluation
+        figures = {} if last is None else last.figures
+        return {
+            **super().summary(stop_reason=stop_reason),
+            "samples": counts.samples,
+            "tokens": counts.tokens,
+            "groups": counts.groups,
+            "kept_groups": counts.kept_groups,
+            "consumed_groups": counts.consumed_groups,
+            "unscored": counts.unscored,
+            "pass_at_1": figures.get("pass_at_1"),
+            "greedy": figures.get("greedy"),
+            "pass_at_1_before": self.first.get("pass_at_1"),
+            "greedy_before": self.first.get("greedy"),
+            "best_pass_at_1": self.best,
+            "samples_per_s": counts.trained_samples / counts.trained_s if counts.trained_s > 0 else None,
+        }
+
+
+def _sum(statuses: Mapping[str, Stats], key: str) -> float:
+    return math.fsum(float(s.get(key, 0.0)) for s in statuses.values())

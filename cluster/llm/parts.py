@@ -1,0 +1,319 @@
+"""How the parts of a language-model run are made from its settings: the same for the one-process mode and for Ray."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.llm.assignments import Assignment
+from actors.llm.tasks import TaskSet, make_tasks
+from cluster.checkpoint import load_tensors, save_tensors
+from cluster.curriculum.filter import GroupFilter
+from cluster.files import read_json, write_json
+from cluster.llm.desk import Desk
+from configs.llm import LlmConfig
+from learners.llm.rows import SCHEMA, TABLE
+from replay.queue_spec import QueueSpec
+
+if TYPE_CHECKING:
+    from actors.llm.engine import Engine
+    from actors.llm.evaluate import Evaluator
+    from actors.llm.rollout import GroupRollout, GroupWriter
+    from actors.llm.verifiers.pool import VerifierPool
+    from learners.distributed import Group
+    from learners.llm.learner import PolicyGradient
+    from learners.llm.loop import LlmLoop
+    from learners.llm.models import Model
+    from replay.queue_sampler import QueueSampler
+    from replay.queues import Queue
+
+FIRST_VERSION = 1  # 0 stands for no weights yet
+DESK, TRACKER = "desk.json", "tracker.safetensors"
+_ROLES = ("tasks", "model", "learner", "desk", "warm_start", "teacher")
+
+
+def seed_of(config: LlmConfig, role: str, index: int = 0, incarnation: int = 0) -> int:
+    """An independent seed for one use in a run."""
+    sequence = np.random.SeedSequence([config.seed, 7, _ROLES.index(role), index, incarnation])
+    return int(sequence.generate_state(1)[0])
+
+
+def check(config: LlmConfig) -> list[str]:
+    """Look for what would keep the run from starting. Returns lines worth saying at the start.
+
+    Raises:
+        ValueError: a package, a file or a device is missing, or prompts or model cannot be used.
+    """
+    missing = [name for name in ("transformers", *(["peft"] if config.model.lora_rank else [])) if not _is_there(name)]
+    if missing:
+        raise ValueError(f"language models need {' and '.join(missing)}: pip install 'millrace[llm]'")
+    folder = None if config.model.path is None else Path(config.model.path)
+    if folder is not None and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model.path: {folder} holds no *.safetensors")
+    if config.mode == "sync":
+        _check_device(config.learners.device)
+    train, held_out = tasks_of(config)
+    lines = [
+        f"{len(train)} prompts to train on and {len(held_out)} held out, of the families {', '.join(train.families)}",
+        group_filter(config).text,
+    ]
+    unknown = set(config.eval.families) - set(held_out.families)
+    if unknown and config.eval.every:
+        raise ValueError(
+            f"eval.families: expected families of the held-out prompts, {', '.join(held_out.families)}; received "
+            f"{', '.join(sorted(unknown))}"
+        )
+    return lines
+
+
+def _is_there(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _check_device(device: str) -> None:
+    if device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"learners.device: expected a device that torch finds here, received {device}; set it to cpu"
+            )
+
+
+@lru_cache(maxsize=2)
+def _tasks(settings: str, seed: int, held_out: int) -> tuple[TaskSet, TaskSet]:
+    from configs.llm import TasksSettings
+
+    return make_tasks(TasksSettings.model_validate_json(settings), seed=seed, held_out=held_out)
+
+
+def tasks_of(config: LlmConfig) -> tuple[TaskSet, TaskSet]:
+    """The prompts to train on, and the held-out ones."""
+    return _tasks(config.tasks.model_dump_json(), seed_of(config, "tasks"), config.eval.prompts)
+
+
+def group_filter(config: LlmConfig) -> GroupFilter:
+    """Which groups are worth learning from."""
+    settings = config.curriculum
+    low, high = (settings.low, settings.high) if settings.filter == "band" else (0.0, 1.0)
+    return GroupFilter(low, high, config.sampling.group_size)
+
+
+def make_desk(config: LlmConfig, checkpoint: Path | None) -> Desk:
+    """The head's desk, as a checkpoint has left it where one is given."""
+    desk = Desk(config, tasks_of(config)[0], seed=seed_of(config, "desk"))
+    if checkpoint is not None and (checkpoint / DESK).exists():
+        desk.load_state(read_json(checkpoint / DESK), load_tensors(checkpoint / TRACKER)[0])
+    return desk
+
+
+def save_desk(desk: Desk, checkpoint: Path) -> None:
+    """Write the desk's part of a checkpoint."""
+    about, arrays = desk.state()
+    write_json(checkpoint / DESK, about)
+    save_tensors(checkpoint / TRACKER, arrays)
+
+
+def queue_spec(config: LlmConfig) -> QueueSpec:
+    """Settings of each shard's part of the queue table. In mode sync nothing may block: the loop itself keeps the pace."""
+    settings, sync = config.replay, config.mode == "sync"
+    return QueueSpec(
+        name=TABLE,
+        schema=SCHEMA,
+        capacity_bytes=(settings.capacity_mb << 20) // settings.shards,
+        times_sampled=settings.times_used,
+        max_policy_lag=settings.max_policy_lag,
+        max_waiting_groups=None if sync else -(-config.waiting_groups // settings.shards),
+    )
+
+
+def device_of(name: str) -> str:
+    """The torch device that a setting means."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def make_model(config: LlmConfig, *, device: str, precision: str = "float32") -> Model:
+    """The language model with its first weights."""
+    import torch
+
+    from learners.llm.models import make_model
+
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return make_model(config.model, seed=seed_of(config, "model"), device=device_of(device), dtype=dtype)
+
+
+def make_sampling_model(config: LlmConfig) -> Model:
+    """The model that actors sample with: without low-rank additions, which its weights come merged with."""
+    plain = config.model_copy(update={"model": config.model.model_copy(update={"lora_rank": None})})
+    return make_model(plain, device=config.actors.device, precision=config.actors.precision)
+
+
+def make_engine(config: LlmConfig, model: Model, *, slots: int) -> Engine:
+    """What samples; its weights are still to be loaded."""
+    from actors.llm.engine import make_engine
+
+    return make_engine(config.sampling, model.network, end=model.tokenizer.end, slots=slots)
+
+
+def make_verifiers(config: LlmConfig) -> VerifierPool:
+    """Processes that judge completions."""
+    from actors.llm.verifiers.pool import VerifierPool
+
+    settings = config.tasks
+    return VerifierPool(
+        processes=settings.processes,
+        timeout_s=settings.timeout_s,
+        memory_mb=settings.memory_mb,
+        retries=settings.retries,
+    )
+
+
+def make_rollout(
+    config: LlmConfig, model: Model, writer: GroupWriter, *, ask: Callable[[int], Sequence[Assignment]]
+) -> GroupRollout:
+    """An actor: its engine, its verifiers, and the writer to its shard."""
+    from actors.llm.rollout import GroupRollout
+
+    return GroupRollout(
+        make_engine(config, model, slots=config.actors.slots),
+        model.tokenizer,
+        make_verifiers(config),
+        writer,
+        ask=ask,
+        judge=group_filter(config).verdict,
+        group_size=config.sampling.group_size,
+        slots=config.actors.slots,
+        prompts_ahead=config.actors.prompts_ahead,
+        seed=config.seed,
+        hold_back=config.actors.hold_back,
+        lock_step=config.mode == "sync",
+    )
+
+
+def make_evaluator(config: LlmConfig, model: Model) -> Evaluator:
+    """Evaluates policies on the held-out prompts."""
+    from actors.llm.evaluate import Evaluator
+
+    settings = config.eval
+    return Evaluator(
+        make_engine(config, model, slots=config.actors.slots),
+        model.tokenizer,
+        make_verifiers(config),
+        tasks_of(config)[1],
+        samples=settings.samples,
+        temperature=settings.temperature,
+        seed=settings.seed,
+    )
+
+
+def make_learner(config: LlmConfig, model: Model, *, group: Group | None = None) -> PolicyGradient:
+    """The learner, for its part of each batch; the divergence from the reference is that from the model as it is now."""
+    from learners.llm.learner import make_learner
+    from learners.staging import Share
+
+    share = Share() if group is None else Share(group.rank, group.count, group.mean_)
+    return make_learner(config, model, share=share)
+
+
+def warm_start(config: LlmConfig, model: Model, tell: Callable[[str], None]) -> None:
+    """The supervised phase that comes before reinforcement, where one is wanted."""
+    if not config.warm_start.steps:
+        return
+    from learners.llm.warm_start import warm_start
+
+    warm_start(model, examples(config), config.warm_start, max_tokens=config.sampling.max_tokens, tell=tell)
+
+
+def examples(config: LlmConfig) -> Iterator[tuple[str, str]]:
+    """Prompts to train on with their solutions, without end, each once in a round."""
+    families = config.warm_start.families
+    solved = [t for t in tasks_of(config)[0] if t.solution is not None and (not families or t.family in families)]
+    if not solved:
+        of = f" of the families {', '.join(families)}" if families else ""
+        raise ValueError(
+            f"warm_start.steps needs prompts{of} with a solution, and none has one; set warm_start.steps to 0"
+        )
+    order = random.Random(seed_of(config, "warm_start"))
+    while True:
+        for task in order.sample(solved, len(solved)):
+            assert task.solution is not None
+            yield task.prompt, task.solution
+
+
+def make_loop(
+    config: LlmConfig,
+    learner: PolicyGradient,
+    sampler: QueueSampler,
+    *,
+    publish: Callable[[int, bytes], None] | None,
+    version: int,
+    group: Group | None = None,
+) -> LlmLoop:
+    """The loop that drives the learner; arguments as `LlmLoop`'s."""
+    from learners.llm.loop import LlmLoop
+
+    return LlmLoop(
+        learner, sampler, publish=publish, publish_every=config.learners.publish_every, version=version, group=group
+    )
+
+
+def save_learner(path: Path, learner: PolicyGradient, *, version: int) -> int:
+    """Write everything the learner needs to go on. Returns the learner steps made.
+
+    Raises:
+        FloatingPointError: a loss or a parameter is not finite; nothing is written.
+    """
+    learner.check_finite()
+    state = {
+        name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+        for name, tensor in learner.state().items()
+    }
+    save_tensors(path, state, {"updates": learner.updates, "version": version})
+    return learner.updates
+
+
+def load_learner(path: Path, learner: PolicyGradient) -> int:
+    """Go on where `save_learner` was called. Returns the policy version then."""
+    import torch
+
+    arrays, metadata = load_tensors(path)
+    learner.load_state({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+    return int(metadata["version"])
+
+
+def learner_status(loop: LlmLoop) -> dict[str, Any]:
+    """Counters, metrics and what the learner waits for."""
+    return {**loop.stats(), "metrics": loop.metrics(), "waiting_for": loop.waiting_for}
+
+
+def save_shard(queue: Queue, replay: Path, *, index: int) -> dict[str, int]:
+    """Write a shard's part of a checkpoint into the folder `replay`. Returns the counters it holds."""
+    from replay.queue_snapshot import save_queue
+
+    return save_queue(queue, replay, shard=index)
+
+
+def restore_shard(queue: Queue, replay: Path, *, index: int, count: int) -> None:
+    """Fill an empty queue with its part, of `count`, of what a checkpoint keeps; nothing where it keeps none."""
+    from replay.queue_snapshot import queue_files, restore_queue
+
+    if files := queue_files(replay, TABLE):
+        restore_queue(queue, files, index=index, count=count)
+
+
+def writer_name(index: int, incarnation: int) -> str:
+    """Name under which an actor writes; the one that replaces it has another."""
+    return f"actor-{index}-{incarnation}"
+
+
+def actor_status(rollout: GroupRollout, waiting_for: str | None) -> dict[str, Any]:
+    """Counters of an actor, and what it waits for."""
+    return {**rollout.stats(), "version": rollout.version, "waiting_for": waiting_for}

@@ -1,0 +1,216 @@
+"""The one-process mode of language-model runs: sampler, queue and learner called in lock step, without Ray.
+
+    decode one token of every running completion → judge what finished → learn once a batch of groups waits → metrics, evaluation,
+    checkpoint when due
+
+Same seed and settings give the same completions and updates, those things aside that follow a clock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from actors.llm.assignments import Assignment
+from cluster.checkpoint import Checkpoint
+from cluster.files import read_json
+from cluster.llm import parts
+from cluster.llm.examples import ExampleFile
+from cluster.llm.head import LlmEvaluation, LlmHead, LlmTick
+from cluster.recorder import HEAD, LEARNER, Recorder, replay_folder
+from cluster.runs import RunFolder
+from cluster.warned import Warned
+from configs.llm import LlmConfig
+from learners.llm.rows import TABLE
+from replay.files import storage_path
+from replay.queue_readers import CallQueueSource
+from replay.queue_sampler import QueueSampler
+from replay.queue_writers import CallQueueWriter
+from replay.queues import Queue
+
+ACTOR = "actor 0"
+
+
+class LlmSyncRun:
+    """A run in this process. `run` ends by closing everything."""
+
+    def __init__(
+        self,
+        folder: RunFolder[LlmConfig],
+        *,
+        wall_started: float,
+        resume: Checkpoint | None,
+        show: Callable[[dict[str, float] | None, str | None], None],
+    ) -> None:
+        """
+        wall_started: monotonic time at which the command was started.
+        resume: the checkpoint to go on from.
+        show: called with each metrics row, and with each line of text.
+
+        Raises:
+            OSError: too little space for the replay.
+            ValueError: the model or the prompts cannot be used.
+        """
+        from learners.loop import set_threads
+
+        config = self._config = folder.config
+        self._resume = None if resume is None else resume.path
+        state = None if self._resume is None else read_json(self._resume / HEAD)
+        self._head = LlmHead(config, wall_started=wall_started, state=state)
+        set_threads(config.learners.cpus, config.learners.threads)
+        self._warned, self._told = Warned(), 0
+        self._recorder = Recorder(folder, self._head, show=show, resume=resume)
+        self._examples = ExampleFile(folder.path)
+        self._version, self._weights = 0, b""
+        self._paused_s = 0.0
+        self._first: float | None = None
+        path = storage_path(config.replay.directory, run=folder.path.name, shard=0, part=f"queue_{TABLE}")
+        path.unlink(missing_ok=True)
+        self._queue = Queue(parts.queue_spec(config), path)
+        try:
+            self._assemble()
+        except BaseException:
+            self._warned.close()
+            self._queue.close(remove=True)
+            raise
+
+    def _assemble(self) -> None:
+        config, resume = self._config, self._resume
+        self._desk = parts.make_desk(config, resume)
+        model = parts.make_model(config, device=config.learners.device)
+        self._model = model
+        if resume is None:
+            parts.warm_start(config, model, self._say)
+        self._learner = parts.make_learner(config, model)
+        version = parts.FIRST_VERSION
+        if resume is not None:
+            version = 1 + parts.load_learner(resume / LEARNER, self._learner)
+            if config.checkpoints.replay:
+                parts.restore_shard(self._queue, replay_folder(resume), index=0, count=1)
+            self._head.rebase("shard 0", self._queue.stats())
+        sampler = QueueSampler(
+            [CallQueueSource(self._queue, groups=config.learners.batch_groups)], groups=config.learners.batch_groups
+        )
+        self._loop = parts.make_loop(config, self._learner, sampler, publish=self._take_weights, version=version)
+        self._rollout = parts.make_rollout(
+            config, parts.make_sampling_model(config), CallQueueWriter(self._queue), ask=self._ask
+        )
+        self._evaluator = parts.make_evaluator(config, parts.make_sampling_model(config)) if config.eval.every else None
+
+    def _say(self, text: str) -> None:
+        self._recorder.event("start", text)
+
+    def _ask(self, count: int) -> Sequence[Assignment]:
+        return self._desk.take(ACTOR, count)
+
+    def _take_weights(self, version: int, data: bytes) -> None:
+        self._version, self._weights = version, data
+        self._rollout.set_weights(version, data)
+
+    def run(self, stopping: threading.Event) -> dict[str, Any]:
+        """Train until a stop condition is met or `stopping` is set. Returns the summary, which the run's folder holds too."""
+        try:
+            self._loop.publish()
+            self._tick()
+            reason = self._train(stopping)
+            self._tick(ending=True)
+            if self._head.final_evaluation_due:
+                self._evaluate()
+                self._tick(ending=True)
+            self._checkpoint(self._head.evaluation_now)
+            summary = self._head.summary(stop_reason=reason)
+            self._recorder.finish(summary)
+            return summary
+        except Exception as error:
+            self._tell_warnings()
+            who = "learner" if isinstance(error, FloatingPointError) else type(error).__name__
+            self._recorder.event("error", f"{who}: {error}", shown=False)
+            raise RuntimeError(f"{who}: {error}") from error
+        finally:
+            self._warned.close()
+            self._recorder.close()
+            self._rollout.close()
+            if self._evaluator is not None:
+                self._evaluator.close()
+            self._queue.close(remove=True)
+
+    def _train(self, stopping: threading.Event) -> str:
+        next_row = time.monotonic()
+        while True:
+            if self._head.evaluation_due():
+                self._evaluate()
+            reason = "stopped by a signal" if stopping.is_set() else self._head.stop_reason()
+            if reason is not None:
+                return reason
+            if self._head.checkpoint_due(time.monotonic()):
+                self._checkpoint(None)
+            moved = self._sample_and_learn(stopping)
+            if moved or time.monotonic() >= next_row:
+                next_row = time.monotonic() + self._config.report_every_s
+                self._tick()
+
+    def _sample_and_learn(self, stopping: threading.Event) -> bool:
+        """Sample until a learner step was made, or for as long as lies between two metrics rows. Returns whether one was."""
+        until = time.monotonic() + self._config.report_every_s
+        while time.monotonic() < until and not stopping.is_set():
+            if self._rollout.step() and self._first is None:
+                self._first = time.monotonic()
+            self._desk.record(self._rollout.take_outcomes())
+            if self._queue.waiting_groups >= self._config.learners.batch_groups:
+                try:
+                    self._loop.step(timeout_s=0.0)
+                except TimeoutError:  # groups among them were too old
+                    continue
+                self._desk.learnt(self._learner.updates)
+                return True
+        return False
+
+    def _tick(self, *, ending: bool = False) -> None:
+        learner = parts.learner_status(self._loop)
+        tick = LlmTick(
+            time=time.monotonic(),
+            actors={ACTOR: parts.actor_status(self._rollout, None)},
+            shards={"shard 0": self._queue.stats()},
+            learner=learner,
+            learner_metrics=learner["metrics"],
+            paused_s=self._paused_s,
+            ending=ending,
+            first_step=self._first,
+            desk=self._desk.metrics(),
+        )
+        self._paused_s = 0.0
+        self._recorder.row(self._head.tick(tick))
+        self._examples.add(self._rollout.examples(), step=self._head.step)
+        self._tell_warnings()
+
+    def _tell_warnings(self) -> None:
+        for line in self._warned.after(self._told):
+            self._told += 1
+            self._recorder.event("warning", f"learner: {line}")
+
+    def _evaluate(self) -> None:
+        from actors.llm.evaluate import summary
+
+        assert self._evaluator is not None
+        settings = self._config.eval
+        began = time.monotonic()
+        passes = self._evaluator.run(self._version, self._weights)
+        figures = summary(passes, attempts=settings.attempts, families=settings.families)
+        evaluation = LlmEvaluation(self._head.step, self._version, figures)
+        self._paused_s += time.monotonic() - began
+        best = self._head.evaluated(evaluation)
+        self._recorder.event("evaluation", evaluation.text)
+        self._tick()
+        if best and self._head.step:
+            self._checkpoint(evaluation.score)
+
+    def _checkpoint(self, evaluation: float | None) -> None:
+        self._recorder.checkpoint(
+            save_learner=lambda path: parts.save_learner(path, self._learner, version=self._version),
+            save_shards=lambda path, _before: [parts.save_shard(self._queue, path, index=0)],
+            save_more=lambda path: parts.save_desk(self._desk, path),
+            policy=self._weights,
+            evaluation=evaluation,
+        )

@@ -1,0 +1,221 @@
+"""The head of a control run under Ray: actors that step environments, shards that keep steps, learners that draw windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster import parts
+from cluster.head import Evaluation, Head, Tick
+from cluster.ray_children import ANSWER_S, Child
+from cluster.ray_head import RunHead, resumed_at
+from cluster.ray_workers import ActorWorker, EvaluatorWorker, LearnerWorker, ShardWorker
+from cluster.recorder import LEARNER, replay_folder
+from cluster.runs import RunFolder
+from configs.schema import RunConfig
+
+
+@ray.remote
+class ControlHeadWorker(RunHead):
+    """The head, as a named detached Ray actor."""
+
+    FIRST = "environment step"
+    _config: RunConfig
+    _head: Head
+
+    def __init__(self, folder: str, wall_started: float, resume: str | None, *, schema: str) -> None:
+        """
+        folder: of the run; the node of the head must reach it.
+        wall_started: epoch seconds at which the command was started.
+        resume: folder of the checkpoint to go on from.
+        schema: StepSchema as JSON.
+        """
+        opened: RunFolder[RunConfig] = RunFolder.open(Path(folder))
+        checkpoint = None if resume is None else Path(resume)
+        started, state = resumed_at(wall_started, checkpoint)
+        head = Head(opened.config, wall_started=started, state=state)
+        super().__init__(opened, head, wall_started, checkpoint)
+        self._schema = schema
+        self._told_extent: tuple[float, float] | None = None  # of returns, to learner 0, which tells the others
+        self._next_episode: dict[str, int] = {}
+        self._begin()
+
+    # --------------------------------------------------------------- processes
+
+    def _start(self) -> None:
+        config, counts = self._config, self._head.counts
+        for index in range(config.replay.shards):
+            self._spawn_shard(index)
+        for index in range(config.actors.count):
+            self._spawn_actor(index)
+        self._spawn_learners()
+        self._addresses = [""] * config.replay.shards
+        self._ports = [0] * config.replay.shards
+        kept = self._resume if config.checkpoints.replay else None
+        for index in range(config.replay.shards):
+            self._start_shard(index, kept)
+        if self._resume is not None:
+            self._resume_limiter()
+        self._tell_addresses()
+        for index in range(config.actors.count):
+            child = self._children[f"actor {index}"]
+            child.starting = child.worker.start.remote(self._addresses)
+        version = max(counts.version + 1, parts.FIRST_VERSION)
+        self._start_learners(None if self._resume is None else self._resume / LEARNER, version)
+
+    def _spawn_shard(self, index: int) -> None:
+        self._children.make(
+            f"shard {index}",
+            ShardWorker,
+            self._config,
+            self._schema,
+            index,
+            self._folder.path.name,
+            self._incarnation(),
+            self._security,
+            cpus=0.0,
+        )
+
+    def _start_shard(
+        self,
+        index: int,
+        checkpoint: Path | None,
+        *,
+        recover: bool = False,
+        others: list[dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Have a shard serve, with the steps of a checkpoint unless it recovers those of the one before; see its `start`."""
+        name = f"shard {index}"
+        child = self._children[name]
+        limiter = None if index == 0 else self._addresses[0]
+        replay = None if checkpoint is None else str(replay_folder(checkpoint))
+        started = child.worker.start.remote(limiter, self._ports[index], replay, recover, others)
+        answer: dict[str, Any] = self._children.answer(name, started)
+        self._addresses[index], self._ports[index] = answer["address"], answer["port"]
+        child.status = answer["status"]
+        self._children.started(name, answer["process"])
+        if answer["recovered"]:
+            self._head.recovered(name, child.status)
+        else:
+            self._head.rebase(name, child.status)
+        return answer
+
+    def _resume_limiter(self) -> None:
+        """Set the limiter of a run that goes on, before anybody inserts or samples."""
+        counts = self._head.counts
+        counts.sampled = parts.samples_used(self._config, counts)
+        items = sum(int(child.status["items"]) for child in self._children.of("shard"))
+        counters = parts.limiter_counters(self._config, inserted=counts.env_steps, sampled=counts.sampled, items=items)
+        self._children.answer("shard 0", self._children["shard 0"].worker.restore_limiter.remote(counters))
+
+    def _other_shards(self) -> list[dict[str, Any]]:
+        """Newest status of all shards but the first, from those that answer now."""
+        others = [child for child in self._children.of("shard") if child.index != 0]
+        answers = [child.worker.status.remote() for child in others]
+        ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S) if answers else None
+        found = []
+        for child, answer in zip(others, answers, strict=True):
+            try:
+                found.append(ray.get(answer, timeout=0.0))
+            except (ray.exceptions.RayError, TimeoutError):
+                found.append({"inserted": 0, "sampled": 0, "items": 0, **child.status})
+        return found
+
+    def _restart_shard(self, child: Child) -> str:
+        """Put a new shard in the place of a dead one. Returns what became of its steps."""
+        checkpoint = self._latest() if self._config.checkpoints.replay else None
+        before = int(child.status.get("items", 0))
+        others = self._other_shards() if child.index == 0 else None
+        self._spawn_shard(child.index)
+        usable = checkpoint is not None and replay_folder(checkpoint.path).is_dir()
+        path = checkpoint.path if checkpoint is not None and usable else None
+        answer = self._start_shard(child.index, path, recover=True, others=others)
+        self._tell_addresses()
+        kept = int(answer["status"]["items"])
+        if answer["recovered"]:
+            return f"a new one serves all its {kept} steps"
+        if child.index != 0:
+            # Not waited for: where shard 0 is dead as well, its successor's limiter is set from the shards' counters.
+            self._children["shard 0"].worker.lost.remote(max(0, before - kept))
+        why = f"its storage is damaged ({answer['damage']})" if answer["damage"] else "its storage is gone"
+        return f"{why}; a new one serves {kept} of its {before} steps" + (", from the last checkpoint" if path else "")
+
+    def _spawn_actor(self, index: int) -> None:
+        self._next_episode[f"actor {index}"] = 0
+        incarnation = self._incarnation()
+        child = self._children.make(
+            f"actor {index}",
+            ActorWorker,
+            self._config,
+            self._schema,
+            index,
+            self._self,
+            self._head.random_steps_left,
+            incarnation,
+            self._security,
+            cpus=self._config.actors.cpus,
+        )
+        child.writer = parts.writer_name(index, incarnation)
+
+    def _make_learner(self, rank: int, *, name: str, gpus: float, incarnation: int) -> None:
+        self._children.make(
+            name,
+            LearnerWorker,
+            self._config,
+            self._schema,
+            rank,
+            self._self,
+            incarnation,
+            self._security,
+            cpus=self._config.learners.cpus,
+            gpus=gpus,
+        )
+
+    def _start_learners(self, checkpoint: Path | None, version: int) -> None:
+        super()._start_learners(checkpoint, version)
+        self._told_extent = None
+
+    def _replace(self, child: Child) -> str:
+        if child.kind == "shard":
+            return self._restart_shard(child)
+        for shard in parts.shards_of_actor(self._config, child.index):
+            self._children[f"shard {shard}"].worker.end_writer.remote(child.writer)
+        self._spawn_actor(child.index)
+        self._head.rebase(child.name, {})
+        fresh = self._children[child.name]
+        fresh.starting = fresh.worker.start.remote(self._addresses)
+        return "a new one takes its place"
+
+    # ----------------------------------------------------------------- watching
+
+    def _arguments(self) -> dict[str, tuple[Any, ...]]:
+        return {name: (index,) for name, index in self._next_episode.items()} | super()._arguments()
+
+    def _tick(self) -> None:
+        moment = self._moment()
+        returns: list[float] = []
+        lengths: list[int] = []
+        for name, status in moment["actors"].items():
+            # A status that came late is looked at again: its episodes were counted then.
+            if status["next_episode"] > self._next_episode[name]:
+                returns += status["returns"]
+                lengths += status["lengths"]
+                self._next_episode[name] = status["next_episode"]
+        self._recorder.row(self._head.tick(Tick(**moment, returns=returns, lengths=lengths)))
+        extent = self._head.return_extent
+        if moment["learner"] and extent is not None and extent != self._told_extent:
+            self._told_extent = extent
+            self._children["learner"].worker.observe_returns.remote(*extent)
+
+    # -------------------------------------------------------------- evaluation
+
+    def _ask_evaluation(self, weights: Any) -> Any:
+        if "evaluator" not in self._children:
+            self._children.make("evaluator", EvaluatorWorker, self._config, self._schema, cpus=0.0)
+        return self._children["evaluator"].worker.evaluate.remote(weights)
+
+    def _evaluation_of(self, answer: Any, step: int, version: int) -> Evaluation:
+        returns, seconds = answer
+        return Evaluation(step, version, tuple(returns), seconds)

@@ -1,0 +1,374 @@
+"""The processes of a language-model run under Ray: shards with their queue, actors that sample, learners, the evaluator."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from cluster.llm import parts
+from cluster.ray_threads import Thread, failure_of, process
+from cluster.warned import Warned
+from configs.llm import LlmConfig
+from replay.security import Security, flight_client
+
+if TYPE_CHECKING:
+    from actors.llm.assignments import Assignment
+    from learners.distributed import Group, Rendezvous
+    from replay.queue_server import QueueServer
+
+DESK_S = 0.05  # how often an actor talks to the head
+HOLD_S = 600.0  # the longest that a learner holds still for a checkpoint whose head does not come back
+
+
+@ray.remote
+class QueueShardWorker:
+    """Serves one shard's part of the queue table."""
+
+    def __init__(self, config: LlmConfig, index: int, run: str, security: Security) -> None:
+        self._config = config
+        self._index = index
+        self._run = run
+        self._security = security
+        self._server: QueueServer | None = None
+        # Imported while the other processes start.
+        import replay.queue_server  # noqa: F401
+
+    def start(self, port: int, checkpoint: str | None, recover: bool) -> dict[str, Any]:
+        """Begin to serve. Returns its address, its port, its first status, whether it was recovered, and what `process` does.
+
+        checkpoint: folder with the groups to begin with, where the queue of a dead shard is not taken over.
+        recover: take over that queue, if it is there and whole.
+        """
+        from replay.queue_server import QueueServer
+        from replay.queues import Queue
+
+        settings = self._config.replay
+
+        def prepare(queue: Queue) -> None:
+            if checkpoint is not None:
+                parts.restore_shard(queue, Path(checkpoint), index=self._index, count=settings.shards)
+
+        server = self._server = QueueServer(
+            parts.queue_spec(self._config),
+            self._security,
+            run=self._run,
+            index=self._index,
+            directory=settings.directory,
+            host=ray.util.get_node_ip_address() if settings.host == "node" else settings.host,
+            port=port,
+            recover=recover,
+            prepare=prepare,
+        )
+        return {
+            "address": server.address,
+            "port": server.port,
+            "status": self.status(),
+            "recovered": server.recovered,
+            "process": {**process(), "health": server.health_address},
+        }
+
+    def status(self) -> dict[str, Any]:
+        """The queue's statistics."""
+        assert self._server is not None
+        return self._server.queue.stats()
+
+    def save(self, replay: str, _previous: str | None) -> dict[str, int]:
+        """Write this shard's part of a checkpoint. Returns the counters it holds."""
+        assert self._server is not None
+        return parts.save_shard(self._server.queue, Path(replay), index=self._index)
+
+    def end_writer(self, writer: str) -> None:
+        """Drop what a dead writer has left incomplete."""
+        assert self._server is not None
+        self._server.queue.end_writer(writer)
+
+    def close(self) -> None:
+        """Stop serving and remove the queue's file."""
+        if self._server is not None:
+            self._server.close()
+
+
+@ray.remote
+class SamplerWorker:
+    """Samples and judges groups, for one actor."""
+
+    def __init__(self, config: LlmConfig, index: int, head: Any, incarnation: int, security: Security) -> None:
+        self._config = config
+        self._index = index
+        self._head = head
+        self._incarnation = incarnation
+        self._security = security
+        self._stopping = threading.Event()
+        self._fresh: tuple[int, bytes] | None = None  # newest version and weights
+        self._newest = 0  # version that the rollout was given
+        self._assigned: deque[Assignment] = deque()
+        self._wanted = 0  # assignments that the rollout would take now
+        self._outcomes: deque[Any] = deque()
+        self._unable: Exception | None = None
+        try:
+            import torch
+
+            torch.set_num_threads(config.actors.threads)
+            self._model = parts.make_sampling_model(config)
+        except Exception as error:  # raised here it would look like a death, after which another actor is tried
+            self._unable = error
+
+    def start(self, addresses: Sequence[str]) -> dict[str, Any]:
+        """Connect to the shard and begin to sample. Returns what `process` does."""
+        from learners.llm.rows import SCHEMA, TABLE
+        from replay.queue_writers import QueueWriter
+
+        if self._unable is not None:
+            raise self._unable
+        self._writer = QueueWriter(
+            addresses[self._index % len(addresses)],
+            SCHEMA,
+            table=TABLE,
+            name=parts.writer_name(self._index, self._incarnation),
+            in_flight=2,
+            connect=partial(flight_client, security=self._security),
+        )
+        self._first_step_at: float | None = None
+        made = threading.Event()
+        self._sampling = Thread(lambda: self._sample(made), name=f"rollout-{self._index}")
+        while not made.wait(0.1):
+            if self._sampling.error is not None:
+                raise self._sampling.error
+        self._fetching = Thread(self._fetch, name=f"policy-{self._index}")
+        self._asking = Thread(self._talk, name=f"desk-{self._index}")
+        return process()
+
+    def _ask(self, count: int) -> list[Assignment]:
+        self._wanted = count
+        return [self._assigned.popleft() for _ in range(min(count, len(self._assigned)))]
+
+    def _sample(self, made: threading.Event) -> None:
+        import torch
+
+        torch.set_num_threads(self._config.actors.threads)
+        # Here, for the verifiers' processes end with the thread that started them.
+        self._rollout = parts.make_rollout(self._config, self._model, self._writer, ask=self._ask)
+        made.set()
+        while not self._stopping.is_set():
+            fresh = self._fresh
+            if fresh is None:
+                self._stopping.wait(DESK_S)
+                continue
+            if fresh[0] > self._newest:
+                self._newest = fresh[0]
+                self._rollout.set_weights(*fresh)
+            if self._rollout.step() and self._first_step_at is None:
+                self._first_step_at = time.time()
+            self._outcomes.extend(self._rollout.take_outcomes())
+        self._rollout.close()
+
+    def _talk(self) -> None:
+        """Hand outcomes in and fetch assignments ahead of need; a head that is away for a while is asked again."""
+        name = f"actor {self._index}"
+        unsent: list[Any] = []
+        while not self._stopping.wait(DESK_S):
+            ahead = self._config.actors.prompts_ahead
+            want = max(0, self._wanted + ahead - len(self._assigned)) if self._fresh is not None else 0
+            while self._outcomes:
+                unsent.append(self._outcomes.popleft())
+            if not want and not unsent:
+                continue
+            try:
+                given = ray.get(self._head.exchange.remote(name, self._incarnation, want, unsent), timeout=30.0)
+            except (ray.exceptions.RayError, TimeoutError):
+                continue
+            unsent = []
+            self._assigned.extend(given)
+
+    def _fetch(self) -> None:
+        """Keep the newest weights at hand; a head that is away for a while is asked again."""
+        have = 0
+        while not self._stopping.wait(self._config.actors.poll_policy_s):
+            try:
+                answer = ray.get(self._head.policy.remote(have), timeout=30.0)
+                if answer is not None:
+                    have, weights = answer
+                    self._fresh = (have, ray.get(weights, timeout=30.0))
+            except (ray.exceptions.RayError, TimeoutError):
+                continue
+
+    def status(self) -> dict[str, Any]:
+        """As `cluster.llm.parts.actor_status`, with completions for the report, and the error that ended the sampling, if one did."""
+        status = parts.actor_status(self._rollout, self._writer.waiting_for)
+        more = {"first_step_at": self._first_step_at, "examples": self._rollout.examples()}
+        return {**status, **more, **self._sampling.failure()}
+
+    def stop(self, timeout_s: float) -> None:
+        """Stop sampling; groups that are not whole are dropped."""
+        self._stopping.set()
+        self._sampling.join(timeout_s)
+
+
+@ray.remote
+class LlmLearnerWorker:
+    """Updates the model; learner 0 publishes its weights, saves its state and tells of it."""
+
+    def __init__(self, config: LlmConfig, rank: int, head: Any, security: Security) -> None:
+        """rank: number of this learner among `learners.count`."""
+        from learners.loop import set_threads
+
+        self._config = config
+        self._rank = rank
+        self._head = head
+        self._security = security
+        self._stopping = threading.Event()
+        self._release = threading.Event()
+        self._group: Group | None = None
+        self._rendezvous: Rendezvous | None = None
+        self._warned = Warned()
+        set_threads(config.learners.cpus, config.learners.threads)
+        self._unable: Exception | None = None
+        try:
+            self._model = parts.make_model(config, device=config.learners.device)
+        except Exception as error:  # raised here it would look like a death, after which another learner is tried
+            self._unable = error
+
+    def rendezvous(self) -> str:
+        """Address at which the learners of a group find each other; of learner 0."""
+        from learners.distributed import Rendezvous
+
+        local = self._config.replay.host in ("127.0.0.1", "localhost")
+        self._rendezvous = Rendezvous("127.0.0.1" if local else ray.util.get_node_ip_address())
+        return self._rendezvous.address
+
+    def start(
+        self, addresses: list[str], checkpoint: str | None, version: int, rendezvous: str | None
+    ) -> dict[str, Any]:
+        """Begin to learn, from a checkpoint's learner file where one is given, else after the supervised phase.
+
+        Returns what `process` does. addresses: of the shards. version: of the first weights published. rendezvous: of the group,
+        where there are several learners.
+        """
+        from learners.llm.rows import SCHEMA, TABLE
+        from replay.queue_sampler import queue_sampler
+
+        if self._unable is not None:
+            raise self._unable
+        config, rank = self._config, self._rank
+        if checkpoint is None:  # the same examples in the same order on every learner of a group
+            parts.warm_start(config, self._model, lambda text: None)
+        if rendezvous is not None:
+            from learners.distributed import join
+
+            device = parts.device_of(config.learners.device)
+            self._group = join(rank, config.learners.count, rendezvous, device, rendezvous=self._rendezvous)
+        self._learner = parts.make_learner(config, self._model, group=self._group)
+        if checkpoint is not None:
+            parts.load_learner(Path(checkpoint), self._learner)
+        sampler = queue_sampler(
+            addresses,
+            SCHEMA,
+            table=TABLE,
+            groups=config.learners.batch_groups // config.learners.count,
+            prefetch=1,
+            connect=partial(flight_client, security=self._security),
+        )
+        self._sampler = sampler
+        self._loop = parts.make_loop(
+            config,
+            self._learner,
+            sampler,
+            publish=self._publish if rank == 0 else None,
+            version=version,
+            group=self._group,
+        )
+        self._updating = Thread(self._update, name="learner")
+        return process()
+
+    def _publish(self, version: int, data: bytes) -> None:
+        ray.get(self._head.publish.remote(version, data))
+
+    def _update(self) -> None:
+        from learners.loop import set_threads
+
+        # Once more: flushing denormals is a setting of the thread.
+        set_threads(self._config.learners.cpus, self._config.learners.threads)
+        self._loop.run(self._stopping)
+
+    def status(self, after: int = 0) -> dict[str, Any]:
+        """As `cluster.llm.parts.learner_status`, with warnings from index `after` on, and the error that ended the updates."""
+        failure = self._updating.failure()
+        warnings = self._warned.after(after)
+        told = {"warnings": warnings, "next_warning": after + len(warnings)}
+        if not failure:
+            try:
+                return parts.learner_status(self._loop) | told
+            except FloatingPointError as error:  # found before the next publication found it
+                failure = failure_of(error)
+        return {**self._loop.stats(), "metrics": {}, "waiting_for": None, **told, **failure}
+
+    def save(self, path: str) -> int:
+        """Write the learner's state, and hold still until `release`. Returns the learner steps made.
+
+        Held still the learner consumes nothing, so that what the shards then save is exactly what it has not learnt from.
+        """
+        saved: deque[int | BaseException] = deque()
+        done = threading.Event()
+        self._release.clear()
+
+        def hold() -> None:
+            with self._loop.between_updates():
+                try:
+                    self._sampler.flush()
+                    saved.append(
+                        parts.save_learner(Path(path), self._learner, version=int(self._loop.stats()["version"]))
+                    )
+                except BaseException as error:
+                    saved.append(error)
+                done.set()
+                if isinstance(saved[0], int):
+                    self._release.wait(HOLD_S)
+
+        threading.Thread(target=hold, name="hold", daemon=True).start()
+        done.wait()
+        if isinstance(saved[0], BaseException):
+            raise saved[0]
+        return saved[0]
+
+    def release(self) -> None:
+        """Go on after `save`."""
+        self._release.set()
+
+    def stop(self, timeout_s: float) -> None:
+        """Stop updating, publish the last weights, and give back the groups not used; a second call does nothing."""
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        self._updating.join(timeout_s)
+        if self._updating.error is None:
+            self._loop.publish()
+        self._sampler.close()
+        if self._group is not None:
+            self._group.close()
+
+
+@ray.remote
+class LlmEvaluatorWorker:
+    """Evaluates policies on the held-out prompts."""
+
+    def __init__(self, config: LlmConfig) -> None:
+        import torch
+
+        torch.set_num_threads(config.actors.threads)
+        self._config = config
+        self._evaluator = parts.make_evaluator(config, parts.make_sampling_model(config))
+
+    def evaluate(self, version: int, weights: bytes) -> dict[str, float]:
+        """As `actors.llm.evaluate.summary`."""
+        from actors.llm.evaluate import summary
+
+        settings = self._config.eval
+        found = self._evaluator.run(version, weights)
+        return summary(found, attempts=settings.attempts, families=settings.families)

@@ -1,0 +1,45 @@
+"""What the processes of every kind of run have in common under Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+
+def failure_of(error: BaseException) -> dict[str, str]:
+    """An error as part of a status."""
+    return {"error": f"{type(error).__name__}: {error}", "error_type": type(error).__name__}
+
+
+class Thread:
+    """Runs a function in a thread and keeps the error it ended with."""
+
+    def __init__(self, target: Callable[[], None], *, name: str) -> None:
+        self.error: BaseException | None = None
+        self._target = target
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._target()
+        except BaseException as error:
+            logging.getLogger(__name__).exception("%s failed", self._thread.name)
+            self.error = error
+
+    def failure(self) -> dict[str, str]:
+        """{"error": …, "error_type": …} once the function has failed; else empty."""
+        return {} if self.error is None else failure_of(self.error)
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+
+def process() -> dict[str, Any]:
+    """Where this process runs."""
+    return {"pid": os.getpid(), "node": ray.util.get_node_ip_address()}

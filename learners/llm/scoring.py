@@ -1,0 +1,106 @@
+"""Log-probabilities of a micro-batch under a language model, with logits for the sampled positions only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from learners.llm.batching import MicroBatch
+from learners.llm.log_probs import token_log_probs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGITS = 1 << 28  # that are held at once: with a vocabulary of 150,000, those of 1,800 tokens
+
+
+class Scorer(nn.Module):
+    """A network as a function from micro-batches to log-probabilities and entropies at one sampling temperature.
+
+    Prompts take up much of a batch, and logits of a large vocabulary more memory than all else: where logits are a linear
+    function of the last hidden states, those of the sampled positions are computed alone, and in pieces that the backward pass
+    computes again. A module of its own, so that FSDP2 gathers the outermost weights when it is called.
+    """
+
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        *,
+        temperature: float,
+        precision: torch.dtype | None = None,
+        logits: int = LOGITS,
+    ) -> None:
+        """
+        temperature: that completions were sampled at.
+        precision: type that matrix products are computed in (autocast); None: that of the weights.
+        logits: that are held at once.
+        """
+        super().__init__()
+        self.network = network
+        self._temperature = temperature
+        self._precision = precision
+        self._logits = logits
+        base: Any = network.get_base_model() if hasattr(network, "peft_config") else network
+        # Kept out of the tree of modules, where each would have its parameters twice.
+        self._inner: tuple[Any, Any] | None = None
+        decoder, head = base.get_decoder(), base.get_output_embeddings()
+        if decoder is not base and head is not None and _is_all(base, decoder, head):
+            self._inner = decoder, head
+
+    def forward(self, batch: MicroBatch, tokens: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities comparable with those that the actor stored, and entropies (nats, without truncation), both (t,).
+
+        tokens: int64 (t,), the batch's sampled ones. kept: (t,), log of the probability that truncation left the actor.
+        """
+        device = batch.ids.device.type
+        with torch.autocast(device, self._precision, enabled=self._precision is not None):
+            if self._inner is None:
+                logits = self.network(input_ids=batch.ids, use_cache=False).logits
+                log_probs, entropy = self._score(logits.flatten(0, 1)[batch.predicts], tokens)
+            else:
+                decoder, head = self._inner
+                hidden = decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
+                log_probs, entropy = self._pieces(head, hidden.flatten(0, 1)[batch.predicts], tokens)
+        return log_probs - kept, entropy
+
+    def _pieces(self, head: nn.Module, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        size = max(1, self._logits // self.network.config.get_text_config().vocab_size)
+        if len(hidden) <= size:
+            return self._score(head(hidden), tokens)
+
+        def piece(part: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
+            return self._score(head(part), sampled)
+
+        found = [
+            checkpoint(piece, part, sampled, use_reentrant=False)
+            for part, sampled in zip(torch.split(hidden, size), torch.split(tokens, size), strict=True)
+        ]
+        log_probs, entropies = zip(*found, strict=True)
+        return torch.cat(log_probs), torch.cat(entropies)
+
+    def _score(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs, entropy = token_log_probs(logits, tokens, self._temperature)
+        return log_probs, entropy.detach()
+
+
+@torch.no_grad()
+def _is_all(network: Any, decoder: nn.Module, head: nn.Module) -> bool:
+    """Whether logits are `head` of the hidden states and no more: some models cap or scale them afterwards."""
+    device = next(network.parameters()).device
+    ids = torch.arange(4, device=device)[None] % network.config.get_text_config().vocab_size
+    expected = network(input_ids=ids, use_cache=False).logits.float()
+    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+    return bool(torch.allclose(head(hidden).float(), expected, rtol=1e-4, atol=1e-5))
+
+
+def no_dropout(network: nn.Module) -> None:
+    """Takes dropout out for good: log-probabilities of one model must be the same each time, in training mode as well."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
