@@ -29,6 +29,7 @@ from transformers import (
 
 from actors.llm import slots as slots_module
 from actors.llm.engine import Engine, Request, Sample, make_engine
+from actors.llm.slot_cache import SlotCache
 from configs.llm import SamplingSettings
 from learners.classes import ModuleError
 from learners.llm.log_probs import token_log_probs
@@ -524,3 +525,26 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
     engine.submit([Request(0, 0, np.array([3], np.int32), 0)])
     with pytest.raises(FloatingPointError, match="not finite"):
         engine.step()
+
+
+@pytest.mark.parametrize("by", [3, -3, 40, -40])
+def test_columns_keep_their_content_when_moved(by: int) -> None:
+    """To the left and right, onto themselves in part or not, with and without more room."""
+    cache = SlotCache(slots=3, layers=2)
+    width, first = 20, 50
+    cache.make_room(0, 0, first + width, 100)
+    states = [(torch.randn(2, 2, width, 4), torch.randn(2, 2, width, 3)) for _ in range(2)]
+    cache.place(torch.tensor([2, 0]), torch.tensor([0, 1]), states)
+    moved = cache.make_room(3, first, first + width + by, 0) if by > 0 else 0
+    if by < 0:
+        for layer in cache.layers:
+            layer.relocate(3, first, first + width, first + by)
+    at = first - moved if by > 0 else first + by
+    assert at == first + by
+    for layer, (keys, values) in zip(cache.layers, states, strict=True):
+        torch.testing.assert_close(layer.keys[[2, 0], :, at : at + width], keys)
+        torch.testing.assert_close(layer.values[[2, 0], :, at : at + width], values)
+    capacity = layer.keys.shape[2]
+    at -= cache.make_room(3, at, 0, 10 * capacity)
+    assert layer.keys.shape[2] > 10 * capacity
+    torch.testing.assert_close(layer.keys[[2, 0], :, at : at + width], states[1][0])

@@ -79,7 +79,8 @@ def test_the_millrace_command_exists() -> None:
 def test_the_wheel_holds_the_packages_and_their_data_and_no_tests(tmp_path: Path) -> None:
     source = tmp_path / "source"
     leave = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in (*PYPROJECT["tool"]["setuptools"]["packages"], "tests"):
+    packages = [name.replace(".", "/") for name in PYPROJECT["tool"]["setuptools"]["packages"]]
+    for name in (*packages, "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=leave, dirs_exist_ok=True)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -90,7 +91,7 @@ def test_the_wheel_holds_the_packages_and_their_data_and_no_tests(tmp_path: Path
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {
         path.relative_to(ROOT).as_posix()
-        for package in PYPROJECT["tool"]["setuptools"]["packages"]
+        for package in packages
         for pattern in ("*.py", "*.yaml", "*.proto")
         for path in (ROOT / package).glob(pattern)
     }
