@@ -1,4 +1,4 @@
-# Two commands on a fresh clone: `make demo` and `make test`. Everything they install goes into .venv.
+# Commands on a fresh clone: `make demo`, `make demo-llm` and `make test`. Everything they install goes into .venv.
 
 PYTHON ?= python3
 # Another pip index for torch alone, such as https://download.pytorch.org/whl/cpu: its default build on Linux is for CUDA.
@@ -10,13 +10,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 BASE := $(VENV)/.installed
+LLM := $(VENV)/.installed-llm
 TESTS := $(VENV)/.installed-tests
 
-.PHONY: help demo install lint test test-all constraints clean
+.PHONY: help demo demo-llm install lint test test-all constraints clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         train SAC on Pendulum-v1 until it is solved, and write its report"
+	@echo "make demo-llm     train a small language model on countdown by verified answers, and write its report"
 	@echo "make test         ruff, mypy and the tests"
 	@echo "make test-all     the same with the slow tests"
 	@echo "make install      install Millrace into .venv, which demo and test do by themselves"
@@ -29,6 +31,9 @@ help:
 
 demo: $(BASE)
 	@$(BIN)/millrace train configs/pendulum_sac.yaml $(ARGS)
+
+demo-llm: $(LLM)
+	@$(BIN)/millrace train configs/countdown.yaml $(ARGS)
 
 install: $(BASE)
 
@@ -58,6 +63,11 @@ $(BASE): pyproject.toml constraints.txt | $(BIN)/pip
 	@$(PIP) install -c constraints.txt -e .
 	@echo "Compiling the loops of the replay service."
 	@$(BIN)/python -m replay.warmup
+	@touch $@
+
+$(LLM): $(BASE)
+	@echo "Installing what language models need into $(VENV)."
+	@$(PIP) install -c constraints.txt -e '.[llm]'
 	@touch $@
 
 $(TESTS): $(BASE)

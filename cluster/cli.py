@@ -1,4 +1,4 @@
-"""The command line: `millrace train | eval | report | export | replay | bench | clean`.
+"""The command line: `millrace train | eval | report | export | audit | replay | bench | clean`.
 
 Exit codes: 0 done (also after Ctrl-C or SIGTERM, with a checkpoint), 1 the command failed, 2 it was asked for something
 impossible; what is wrong stands in the message, before any process is started.
@@ -35,10 +35,14 @@ millrace: distributed actor-learner system for online reinforcement learning
   millrace export RUN FILE.onnx [--checkpoint best|latest] [--json]     write the policy as ONNX, checked against torch; a
                                                                         language model as a Hugging Face folder
   millrace replay stats|export|import …                                 look into, export and fill a replay service or snapshot
+  millrace audit VERIFIER [LABELLED.jsonl] [--json]                     how often a verifier is wrong where the truth is known
   millrace bench actors|train [CONFIG] [--SETTING VALUE …] [--seconds S] [--json]
   millrace bench replay [--seconds S] [--only PATTERN] [--peers] [--json]
   millrace bench learner [--seconds S] [--only PATTERN] [--threads 1 2] [--device auto] [--save] [--json]
   millrace bench curves [--only PATTERN] [--seeds 3] [--jobs 2] [--folder DIR] [--plot-only] [--save] [--json]
+  millrace bench llm [--seconds S] [--only PATTERN] [--save] [--json]
+  millrace bench difficulty [--subject difficulty|staleness] [--seeds 3] [--updates 200] [--jobs 2] [--save] [--json]
+  millrace bench curriculum [--groups N] [--json]
   millrace clean [--directory DIR] [--yes] [--json]                     list (--yes: remove) storage of dead runs
 
 CONFIG is a YAML file; those that come with Millrace can be named by their short names, such as pendulum_sac.
@@ -254,11 +258,11 @@ def _replay(words: Sequence[str]) -> int:
 
 
 def _bench(words: Sequence[str]) -> int:
-    names = ["actors", "train", "replay", "learner", "curves"]
-    own = ("replay", "learner", "curves")  # these take no settings of a run
+    names = ["actors", "train", "replay", "learner", "curves", "llm", "difficulty", "curriculum"]
+    own = ("replay", "learner", "curves", "llm", "difficulty", "curriculum")  # these take no settings of a run
     if {"-h", "--help"} & set(words) and words[0] not in own:
         print("millrace bench actors|train [CONFIG] [--SETTING VALUE …] [--seconds S] [--json]")
-        print("millrace bench replay|learner|curves [--help | …]")
+        print("millrace bench replay|learner|curves|llm|difficulty|curriculum [--help | …]")
         return 0
     if not words or words[0] not in names:
         close = nearest(words[0], names) if words else None
@@ -272,6 +276,12 @@ def _bench(words: Sequence[str]) -> int:
     command = [sys.executable, "-P", "-m"]
     command += [f"tests.benchmarks.{words[0]}", *words[1:]] if words[0] in own else ["tests.benchmarks", *words]
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _audit(words: Sequence[str]) -> int:
+    from cluster.llm.cli import audit_verifier
+
+    return audit_verifier(words)
 
 
 def _clean(words: Sequence[str]) -> int:
@@ -323,6 +333,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": _eval,
     "report": _report,
     "export": _export,
+    "audit": _audit,
     "replay": _replay,
     "bench": _bench,
     "clean": _clean,

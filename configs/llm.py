@@ -101,6 +101,13 @@ class TasksSettings(Settings):
         allowed="auto, countdown, arithmetic, math, regex, tests or package.module:function",
         names=("auto", "countdown", "arithmetic", "math", "regex", "tests"),
     )
+    labelled: str | None = setting(
+        None,
+        "File of labelled completions (.jsonl: completion, data, passed) on which the verifier is audited when a run starts; None "
+        "takes generated ones for the built-in verifiers.",
+        unit="path",
+        min_length=1,
+    )
     processes: int = setting(1, "Verifier processes of each actor.", unit="processes", ge=1, le=1024)
     timeout_s: float = setting(
         5.0,

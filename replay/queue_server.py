@@ -6,7 +6,6 @@ import atexit
 import json
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -15,22 +14,13 @@ import pyarrow.flight as flight
 from .ending import end_serving
 from .files import storage_path
 from .health import Health
-from .queue_service import QueueService
+from .queue_service import QueueService, queue_message
 from .queue_spec import QueueSpec
 from .queues import Queue
 from .schema import SchemaError
-from .security import MAX_JSON_BYTES, Security, flight_location, flight_server_options
+from .security import Security, flight_location, flight_server_options
 
 _GRACE_S = 1.0
-
-
-def queue_message(command: Any) -> dict[str, Any] | None:
-    """A message to the queue tables; None where it is to the tables of steps, or is none at all."""
-    with suppress(ValueError, TypeError, RecursionError):
-        found = json.loads(bytes(memoryview(command or b"")[:MAX_JSON_BYTES]))
-        if isinstance(found, dict) and "queue" in found:
-            return found
-    return None
 
 
 class QueueServer(flight.FlightServerBase):  # type: ignore[misc]

@@ -28,10 +28,20 @@ from .faults import fault
 from .queue_spec import SETTINGS
 from .queues import Delivery, Queue, ReaderReplacedError, WriterEndedError
 from .schema import SchemaError
+from .security import MAX_JSON_BYTES
 from .wire import CLOSE, SEQUENCE
 
 _POLL_S = 0.5  # how often a blocked call looks whether its caller is still there
 _REFUSED = (SchemaError, WriterEndedError, ReaderReplacedError, ValueError, KeyError, TypeError)
+
+
+def queue_message(command: Any) -> dict[str, Any] | None:
+    """A message to the queue tables; None where it is to the tables of steps, or is none at all."""
+    with suppress(ValueError, TypeError, RecursionError):
+        found = json.loads(bytes(memoryview(command or b"")[:MAX_JSON_BYTES]))
+        if isinstance(found, dict) and "queue" in found:
+            return found
+    return None
 
 
 class _Stream:

@@ -26,35 +26,29 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Container, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-import grpc
 import pyarrow as pa
 import pyarrow.flight as flight
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from .ending import end_serving
 from .faults import fault
 from .files import storage_path
+from .health import Health
 from .limiter import LeasedLimiter, Limiter, RateLimiter, Side
-from .queue_service import QueueService
+from .queue_service import QueueService, queue_message
 from .queues import Queue
 from .schema import SchemaError, Window
 from .security import (
-    GRPC_OPTIONS,
-    MAX_JSON_BYTES,
     Between,
     Security,
-    TokenInterceptor,
     check_batch,
     check_object,
     check_schema,
     flight_client,
     flight_location,
     flight_server_options,
-    grpc_listen,
     parse_json,
     read_chunks,
 )
@@ -195,17 +189,8 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         except pa.ArrowException as error:
             raise OSError(f"cannot listen on {spec.host}:{spec.port} ({error}); set replay.host") from error
         self.address = flight_location(spec.host, self.port, security)
-        self._health = grpc.server(
-            ThreadPoolExecutor(max_workers=2, thread_name_prefix="health"),
-            interceptors=[TokenInterceptor(security)],
-            options=GRPC_OPTIONS,
-        )
-        servicer = health.HealthServicer()
-        servicer.set("", health_pb2.HealthCheckResponse.SERVING)
-        health_pb2_grpc.add_HealthServicer_to_server(servicer, self._health)
-        host = flight_location(spec.host, 0, security).partition("://")[2].removesuffix(":0")  # IPv6 in brackets
-        self.health_address = f"{host}:{grpc_listen(self._health, f'{host}:0', security)}"
-        self._health.start()
+        self._health = Health(spec.host, security)
+        self.health_address = self._health.address
 
     def _return_credits(self) -> None:
         """Hand back the credits of sides that nobody uses any more, so that other shards can go on."""
@@ -218,7 +203,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         kinds: dict[str, Any] = {"writer": str, "priorities": str, "acknowledge": str}
-        if (queue := _for_queue(descriptor.command)) is not None:
+        if (queue := queue_message(descriptor.command)) is not None:
             self._queues.do_put(context, queue, reader, writer)
             return
         try:
@@ -280,7 +265,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
             shard.disconnect(name, closed=closed)
 
     def do_get(self, context: Any, ticket: Any) -> Any:
-        if (queue := _for_queue(ticket.ticket)) is not None:
+        if (queue := queue_message(ticket.ticket)) is not None:
             return self._queues.do_get(context, queue)
         try:
             wanted = parse_json(
@@ -356,7 +341,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         return to_arrow(batch, draw.key, schema), draw
 
     def do_action(self, context: Any, request: Any) -> list[bytes]:
-        if (queue := _for_queue(request.body)) is not None:
+        if (queue := queue_message(request.body)) is not None:
             return [json.dumps(self._queues.do_action(request.type, queue)).encode()]
         try:
             return [json.dumps(self._act(request.type, request.body)).encode()]
@@ -470,17 +455,8 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         """Stop serving. At the interpreter's exit that is all, and the files stay, as after a crash."""
         atexit.unregister(self._end)
         self._closing.set()
-        self._health.stop(grace=None)
+        self._health.close()
         end_serving(self, grace_s=2 * _POLL_S)
-
-
-def _for_queue(command: Any) -> dict[str, Any] | None:
-    """A message to the queue tables; None where it is to the tables of steps, or is none at all."""
-    with suppress(ValueError, TypeError, RecursionError):
-        found = json.loads(bytes(memoryview(command or b"")[:MAX_JSON_BYTES]))
-        if isinstance(found, dict) and "queue" in found:
-            return found
-    return None
 
 
 def _window(found: dict[str, Any], shard: Shard) -> Window:

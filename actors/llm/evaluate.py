@@ -27,11 +27,12 @@ class Passes:
     families: tuple[str, ...]  # of each prompt
     attempts: np.ndarray  # int64 (prompts,): completions sampled and judged
     passes: np.ndarray  # int64 (prompts,)
-    greedy: np.ndarray  # bool (prompts,): whether the greedy completion passed
+    greedy: np.ndarray  # float64 (prompts,): 1 where the greedy completion passed, 0 where not, NaN where it was not judged
     tokens: int
     mean_length: float  # tokens of a sampled completion
     cut_off: float  # share of the sampled completions that reached the most tokens
-    unscored: int  # completions that could not be judged, and are counted nowhere else
+    unscored: int  # completions that could not be judged: in no attempts, passes or greedy
+    failed: int  # prompts that could not be sampled
     seconds: float
 
 
@@ -50,25 +51,27 @@ def pass_at_k(attempts: np.ndarray, passes: np.ndarray, k: int) -> np.ndarray:
 def summary(found: Passes, *, attempts: Sequence[int], families: Sequence[str]) -> dict[str, float]:
     """The figures of an evaluation.
 
-    attempts: the k of pass@k. families: those that `pass_at_<k>` and `greedy` are means over, empty for all; each family has figures
-    of its own besides.
+    attempts: the k of pass@k; 1 is always among the figures. families: those that `pass_at_<k>` and `greedy` are means over, empty
+    for all; each family has figures of its own besides. A mean is over the prompts of which enough completions were judged,
+    `prompts` counts those that pass@1 is over, and is NaN where there are none.
     """
     of = np.array(found.families)
     chosen = np.isin(of, list(families)) if families else np.ones(len(of), bool)
     figures: dict[str, float] = {}
-    for k in attempts:
+    for k in dict.fromkeys((1, *attempts)):
         each = pass_at_k(found.attempts, found.passes, k)
         figures[f"pass_at_{k}"] = _mean(each[chosen])
         for family in dict.fromkeys(found.families):
             figures[f"{family}/pass_at_{k}"] = _mean(each[of == family])
-    figures["greedy"] = _mean(found.greedy[chosen].astype(float))
+    figures["greedy"] = _mean(found.greedy[chosen])
     for family in dict.fromkeys(found.families):
-        figures[f"{family}/greedy"] = _mean(found.greedy[of == family].astype(float))
+        figures[f"{family}/greedy"] = _mean(found.greedy[of == family])
     first = pass_at_k(found.attempts, found.passes, 1)[chosen]
     first = first[np.isfinite(first)]
     figures["pass_at_1_error"] = float(first.std(ddof=1) / math.sqrt(len(first))) if len(first) > 1 else math.nan
-    figures |= {"mean_length": found.mean_length, "cut_off": found.cut_off, "unscored": float(found.unscored)}
-    return figures | {"prompts": float(chosen.sum()), "seconds": found.seconds}
+    figures |= {"mean_length": found.mean_length, "cut_off": found.cut_off}
+    figures |= {"unscored": float(found.unscored), "failed": float(found.failed)}
+    return figures | {"prompts": float(len(first)), "seconds": found.seconds}
 
 
 def _mean(values: np.ndarray) -> float:
@@ -100,24 +103,19 @@ class Evaluator:
         self._seed = seed
 
     def run(self, version: int, weights: bytes | None) -> Passes:
-        """Evaluate a policy; without weights the one that the engine has."""
+        """Evaluate a policy; without weights the one that the engine has.
+
+        Raises:
+            ValueError: none of the prompts can be sampled.
+        """
         began = time.monotonic()
         if weights is not None:
             self._engine.load(version, weights)
-        requests = []
-        for group, task in enumerate(self._tasks):
-            prompt = np.asarray(self._tokenizer.encode_prompt(task.prompt), np.int32)
-            requests += [
-                Request(
-                    group, index, prompt, sample_seed(self._seed, task.key, 0, index), temperature=self._temperature
-                )
-                for index in range(self._samples)
-            ]
-            requests.append(Request(group, GREEDY, prompt, 0, temperature=0.0))
-        self._engine.submit(requests)
+        failed = self._submit()
         count = len(self._tasks)
-        attempts, passes, greedy = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, bool)
-        open_, tokens, sampled, cut_off, unscored = len(requests), 0, 0, 0, 0
+        attempts, passes, greedy = np.zeros(count, np.int64), np.zeros(count, np.int64), np.full(count, math.nan)
+        begun = (count - failed) * self._samples
+        open_, tokens, sampled, cut_off, unscored = begun + count - failed, 0, 0, 0, 0
         while open_:
             busy = bool(self._engine.running or self._engine.waiting)
             for sample in self._engine.step() if busy else ():
@@ -139,18 +137,35 @@ class Evaluator:
                 else:
                     attempts[group] += 1
                     passes[group] += verdict.passed
-        every = max(1, count * self._samples)
         return Passes(
             families=tuple(task.family for task in self._tasks),
             attempts=attempts,
             passes=passes,
             greedy=greedy,
             tokens=tokens,
-            mean_length=sampled / every,
-            cut_off=cut_off / every,
+            mean_length=sampled / begun,
+            cut_off=cut_off / begun,
             unscored=unscored,
+            failed=failed,
             seconds=time.monotonic() - began,
         )
+
+    def _submit(self) -> int:
+        """All prompts into the engine. Returns how many of them cannot be sampled."""
+        failures: list[ValueError] = []
+        for group, task in enumerate(self._tasks):
+            try:
+                prompt = np.asarray(self._tokenizer.encode_prompt(task.prompt), np.int32)
+                seeds = [sample_seed(self._seed, task.key, 0, index) for index in range(self._samples)]
+                sampled = [
+                    Request(group, i, prompt, seed, temperature=self._temperature) for i, seed in enumerate(seeds)
+                ]
+                self._engine.submit([*sampled, Request(group, GREEDY, prompt, 0, temperature=0.0)])
+            except ValueError as error:  # too long, or with characters unknown to the tokenizer
+                failures.append(error)
+        if len(failures) == len(self._tasks):
+            raise ValueError(f"none of the {len(failures)} held-out prompts can be sampled; the last one: {failures[-1]}")
+        return len(failures)
 
     def close(self) -> None:
         """End the verifiers."""

@@ -8,6 +8,7 @@ All of it overlaps: completions decode while earlier ones are judged, and slots 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from learners.llm.tokenizers import Tokenizer
 IDLE_S = 0.01  # how long a step waits for verdicts where nothing is to be decoded
 Ticket = tuple[int, int]  # group, index
 EXAMPLES = 64  # completions kept for the report until they are fetched
+MOST_FAILED = 64  # prompts that fail before any did not, after which sampling on is hopeless
 
 
 class GroupWriter(Protocol):
@@ -88,7 +90,7 @@ class GroupRollout:
         slots: completions that the engine decodes at once.
         prompts_ahead: groups asked for beyond what fills the slots.
         seed: of the run.
-        hold_back: versions by which the weights are kept behind the newest.
+        hold_back: versions by which the weights are at least kept behind the newest, once there are so many.
         lock_step: wait for every verdict within the step, so that the same seeds give the same groups in the same order.
         """
         self._engine = engine
@@ -111,7 +113,8 @@ class GroupRollout:
         self._counts = dict.fromkeys(
             ("samples", "tokens", "groups", "kept_groups", "passes", "scored", "unscored", "cut_off", "failed"), 0
         )
-        self._seconds = dict.fromkeys(("decode_s", "verify_s", "write_s", "idle_s"), 0.0)
+        self._begun = 0
+        self._seconds = dict.fromkeys(("decode_s", "verify_s", "write_s", "idle_s", "wall_s"), 0.0)
 
     # ------------------------------------------------------------------ driving
 
@@ -123,10 +126,14 @@ class GroupRollout:
     def set_weights(self, version: int, data: bytes) -> None:
         """Newer weights; the engine takes them between two decode steps, or later where they are held back."""
         self._held.append((version, data))
-        while self._held and (len(self._held) > self._hold_back or self._engine.version == 0):
-            self._engine.load(*self._held.popleft())
-            if self._hold_back:
-                break
+        due: tuple[int, bytes] | None = None
+        # By number: an actor that polls for weights does not see every version.
+        while self._held and self._held[0][0] <= version - self._hold_back:
+            due = self._held.popleft()
+        if due is None and self._engine.version == 0:
+            due = self._held.popleft()
+        if due is not None:
+            self._engine.load(*due)
 
     def step(self) -> int:
         """Take new assignments, decode one token of every running completion, take in verdicts, write whole groups.
@@ -135,7 +142,9 @@ class GroupRollout:
 
         Raises:
             flight.FlightError: the shard refused rows, or stayed away too long.
+            ValueError: no prompt can be sampled.
         """
+        start = time.perf_counter()
         self._refill()
         began = time.perf_counter()
         if self._engine.running or self._engine.waiting:
@@ -144,13 +153,14 @@ class GroupRollout:
             wait = 0.0
         else:  # nothing to decode: wait for verdicts, or for assignments
             finished, wait = [], IDLE_S
+        began = time.perf_counter()
         for sample in finished:
             self._take(sample)
-        began = time.perf_counter()
         verdicts = self._verdicts(wait)
         self._seconds["idle_s" if wait else "verify_s"] += time.perf_counter() - began
         for ticket, verdict in verdicts:
             self._score(ticket, verdict)
+        self._seconds["wall_s"] += time.perf_counter() - start
         return len(finished)
 
     def take_outcomes(self) -> list[Outcome]:
@@ -167,7 +177,8 @@ class GroupRollout:
 
     def stats(self) -> dict[str, float]:
         """Cumulative: completions and tokens sampled, groups ended and kept, completions judged, passed, dropped as unscored, cut
-        off at the most tokens; prompts that failed; seconds decoding, handing to and waiting for verifiers, writing, idle."""
+        off at the most tokens; prompts that failed; seconds of `step`: decoding, handing to and waiting for verifiers, writing, idle,
+        and in all."""
         running = {"running": float(self._engine.running), "waiting": float(self._engine.waiting)}
         return {**self._counts, **self._seconds, **running, **self._engine.stats()}
 
@@ -194,25 +205,28 @@ class GroupRollout:
     def _refill(self) -> None:
         """Keep so many completions in the engine that every slot which falls free has a next one."""
         wanted = self._slots + self._ahead * self._group_size - self._engine.running - self._engine.waiting
+        # Where verifiers are slower than the engine, what waits for them must not grow without end.
+        wanted -= max(0, len(self._judged) - self._slots)
         if wanted < self._group_size:
             return
         for assignment in self._ask(wanted // self._group_size):
             self._begin(assignment)
 
     def _begin(self, assignment: Assignment) -> None:
-        task = assignment.task
-        hint = ""
-        if assignment.hint and task.solution:
-            hint = task.solution[: max(1, int(len(task.solution) * assignment.hint))]
         try:
-            prompt = np.asarray(self._tokenizer.encode_prompt(task.prompt, hint), np.int32)
+            prompt = np.asarray(self._tokenizer.encode_prompt(assignment.task.prompt, _hint(assignment)), np.int32)
             group = _Group(assignment, prompt, 0)
             self._groups[assignment.group] = group
             self._request(group, self._group_size)
-        except ValueError:  # a prompt that is too long, or has characters unknown to the tokenizer
+            self._begun += 1
+        except ValueError as error:  # a prompt that is too long, or has characters unknown to the tokenizer
             self._groups.pop(assignment.group, None)
             self._counts["failed"] += 1
             self._outcomes.append(Outcome(assignment.group, assignment.number, 0, 0, 0, 0, "failed", assignment.hint))
+            if not self._begun and self._counts["failed"] >= MOST_FAILED:
+                raise ValueError(
+                    f"none of the first {MOST_FAILED} prompts can be sampled; the last one: {error}"
+                ) from None
 
     def _request(self, group: _Group, count: int) -> None:
         one = group.assignment
@@ -237,12 +251,8 @@ class GroupRollout:
         self._judged[ticket] = sample
         task = group.assignment.task
         # A hint is the beginning of the answer: it is judged with what follows it.
-        text = self._hint(group) + self._tokenizer.decode(sample.tokens.tolist())
+        text = _hint(group.assignment) + self._tokenizer.decode(sample.tokens.tolist())
         self._verifiers.submit(ticket, task.verifier, text, task.data)
-
-    def _hint(self, group: _Group) -> str:
-        solution, share = group.assignment.task.solution, group.assignment.hint
-        return solution[: max(1, int(len(solution) * share))] if solution and share else ""
 
     def _score(self, ticket: Ticket, verdict: Verdict | Unscored) -> None:
         sample, group = self._judged.pop(ticket), self._groups[ticket[0]]
@@ -288,11 +298,14 @@ class GroupRollout:
         """The verifier's steps, which end at characters, as token counts. A step that ends within the hint earned nothing."""
         if not verdict.steps:
             return np.zeros(0, np.int32), np.zeros(0, np.float32)
-        hint = len(self._hint(group))
-        tokens = sample.tokens.tolist()
-        ends = np.array([len(self._tokenizer.decode(tokens[:n])) + hint for n in range(1, len(tokens) + 1)])
+        hint, tokens = len(_hint(group.assignment)), sample.tokens.tolist()
+
+        def characters(count: int) -> int:
+            return hint + len(self._tokenizer.decode(tokens[:count]))
+
         own = [(end, reward) for end, reward in verdict.steps if end > hint]
-        places = [min(int(np.searchsorted(ends, end)) + 1, len(tokens)) for end, _ in own]
+        # The first token that brings the text as far as the step's end; the last one where it never does.
+        places = [1 + bisect_left(range(1, len(tokens)), end, key=characters) for end, _ in own]
         return np.array(places, np.int32), np.array([reward for _, reward in own], np.float32)
 
     def _finish(self, group: _Group) -> None:
@@ -316,7 +329,7 @@ class GroupRollout:
     def _example(self, group: _Group, one: Completion) -> Example:
         return Example(
             one.family,
-            group.assignment.task.prompt + self._hint(group),
+            group.assignment.task.prompt + _hint(group.assignment),
             self._tokenizer.decode(one.tokens.tolist()),
             one.reward,
             one.passed,
@@ -324,3 +337,11 @@ class GroupRollout:
             int(one.versions.max(initial=0)),
             one.group,
         )
+
+
+def _hint(assignment: Assignment) -> str:
+    """The beginning of the reference solution that the prompt ends with; something of the solution is left to find."""
+    solution = assignment.task.solution or ""
+    if not assignment.hint:
+        return ""
+    return solution[: min(max(1, int(len(solution) * assignment.hint)), max(0, len(solution) - 1))]

@@ -1,14 +1,16 @@
-"""`millrace eval` and `millrace export` for runs of language models."""
+"""`millrace eval` and `millrace export` for runs of language models, and `millrace audit`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from actors.llm.evaluate import summary
 from cluster.checkpoint import Checkpoint, Checkpoints
 from cluster.llm import parts
+from cluster.llm.audits import AUDIT_FIGURES, AUDITED, audit_of, audit_text
 from cluster.recorder import POLICY
 from cluster.runs import RunFolder
 from configs.llm import LlmConfig
@@ -57,6 +59,29 @@ def export(folder: RunFolder[LlmConfig], chosen: argparse.Namespace) -> int:
         print(json.dumps({"model": str(target), "checkpoint": str(checkpoint.path)}))
     else:
         print(f"{target}: the model of {checkpoint.path}, for transformers' AutoModelForCausalLM.from_pretrained")
+    return 0
+
+
+def audit_verifier(words: Sequence[str]) -> int:
+    """`millrace audit`: how often a verifier is wrong on completions whose truth is known."""
+    parser = argparse.ArgumentParser(
+        prog="millrace audit", description="Count how often a verifier fails right completions and passes wrong ones."
+    )
+    parser.add_argument("verifier", help="countdown, arithmetic, math, regex, tests or package.module:function")
+    parser.add_argument(
+        "labelled", nargs="?", type=Path, help=".jsonl with completion, data, passed (default: generated)"
+    )
+    parser.add_argument("--count", type=int, default=AUDITED, help=f"completions generated (default {AUDITED})")
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    chosen = parser.parse_args(words)
+    found = audit_of(chosen.verifier, chosen.labelled, count=chosen.count)
+    if chosen.json:
+        print(json.dumps({name: getattr(found, name) for name in AUDIT_FIGURES}))
+        return 0
+    print(audit_text(chosen.verifier, found))
+    for one, reason in found.examples:
+        label = "right" if one.passed else "wrong"
+        print(f"  {label}: {one.completion!r} for {dict(one.data)}" + (f" ({reason})" if reason else ""))
     return 0
 
 

@@ -17,6 +17,7 @@ from actors.llm.assignments import Assignment
 from cluster.checkpoint import Checkpoint
 from cluster.files import read_json
 from cluster.llm import parts
+from cluster.llm.audits import audits
 from cluster.llm.examples import ExampleFile
 from cluster.llm.head import LlmEvaluation, LlmHead, LlmTick
 from cluster.recorder import HEAD, LEARNER, Recorder, replay_folder
@@ -79,6 +80,8 @@ class LlmSyncRun:
     def _assemble(self) -> None:
         config, resume = self._config, self._resume
         self._desk = parts.make_desk(config, resume)
+        for kind, line in audits(config.tasks, parts.tasks_of(config)[0]):
+            self._recorder.event(kind, line)
         model = parts.make_model(config, device=config.learners.device)
         self._model = model
         if resume is None:

@@ -80,7 +80,7 @@ def medium() -> PreTrainedModel:
 
 CASES = (
     Case("embedded", embedded, slots=256, batches=4, group_size=16),
-    Case("30M", medium, slots=32, batches=4, group_size=8),
+    Case("30M", medium, slots=64, batches=3, group_size=16),
 )
 
 
