@@ -48,6 +48,7 @@ table.times { max-width: 46rem; } th, td { text-align: left; padding: .3rem .75r
 th { color: var(--faint); font-weight: 400; } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tbody + tbody td { border-top: 0; } td.bars { padding: .9rem 0 .4rem; border: 0; }
 pre { background: var(--soft); padding: .75rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; line-height: 1.45; }
+td code { white-space: pre-wrap; overflow-wrap: anywhere; }
 details > summary { cursor: pointer; } .kind-warning td, .kind-restart td { color: var(--orange); }
 """
 
@@ -72,7 +73,7 @@ def write_page(run_folder: Path, name: str, sections: Sequence[str]) -> Path:
         )
     )
     path = run_folder / "report.html"
-    write_atomically(path, page.encode())
+    write_atomically(path, page.encode(errors="replace"))  # a lone surrogate has no UTF-8
     return path
 
 

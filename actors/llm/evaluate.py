@@ -27,7 +27,9 @@ class Passes:
     families: tuple[str, ...]  # of each prompt
     attempts: np.ndarray  # int64 (prompts,): completions sampled and judged
     passes: np.ndarray  # int64 (prompts,)
-    greedy: np.ndarray  # float64 (prompts,): 1 where the greedy completion passed, 0 where not, NaN where it was not judged
+    greedy: (
+        np.ndarray
+    )  # float64 (prompts,): 1 where the greedy completion passed, 0 where not, NaN where it was not judged
     tokens: int
     mean_length: float  # tokens of a sampled completion
     cut_off: float  # share of the sampled completions that reached the most tokens
@@ -164,7 +166,9 @@ class Evaluator:
             except ValueError as error:  # too long, or with characters unknown to the tokenizer
                 failures.append(error)
         if len(failures) == len(self._tasks):
-            raise ValueError(f"none of the {len(failures)} held-out prompts can be sampled; the last one: {failures[-1]}")
+            raise ValueError(
+                f"none of the {len(failures)} held-out prompts can be sampled; the last one: {failures[-1]}"
+            )
         return len(failures)
 
     def close(self) -> None:

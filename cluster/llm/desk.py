@@ -83,6 +83,18 @@ class Desk:
         """The learner steps made so far."""
         self._updates = updates
 
+    def stale(self, groups: int) -> None:
+        """The groups, over the whole run, that were written and then found too old to be learnt from.
+
+        They are moved from what was kept to what was wasted, each with the mean size of those kept: shards count groups only.
+        """
+        with self._lock:
+            waste = self.waste
+            new, kept = groups - waste.rejected["stale"].groups, waste.kept
+            if 0 < new <= kept.groups:
+                share = new / kept.groups
+                waste.discard("stale", Amount(new, round(share * kept.completions), round(share * kept.tokens)))
+
     def forget(self, actor: str) -> int:
         """An actor died: nobody will report the groups it had. Returns how many those were."""
         with self._lock:

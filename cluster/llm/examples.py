@@ -34,7 +34,8 @@ class ExampleFile:
         self._written += len(chosen)
         with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             for example in chosen:
-                file.write(json.dumps({"step": step, **asdict(example)}, ensure_ascii=False) + "\n")
+                # In ASCII: what a model writes may hold line separators, and surrogates, which UTF-8 has no form for.
+                file.write(json.dumps({"step": step, **asdict(example)}) + "\n")
 
 
 def read_examples(folder: Path) -> Iterator[dict[str, Any]]:

@@ -97,6 +97,7 @@ class LlmHead(Books):
         super().__init__(config, counts, wall_started=wall_started, state=state)
         self.first: dict[str, float] = {} if state is None else dict(state["first"])
         self._first_asked = False
+        self._before = self._work_done()
 
     # ------------------------------------------------------------------- units
 
@@ -124,7 +125,8 @@ class LlmHead(Books):
     def _counted(self) -> dict[str, float]:
         found = asdict(self.counts)
         return {
-            **{key: float(found[key]) for key in _ACTOR_COUNTS},
+            # The learner's metrics have tokens of their own.
+            **{"sampled_tokens" if key == "tokens" else key: float(found[key]) for key in _ACTOR_COUNTS},
             **{key: float(found[key]) for key in self.SHARD_COUNTS},
             "step": float(self.step),
         }
@@ -151,10 +153,25 @@ class LlmHead(Books):
         versions = [float(s["version"]) for s in tick.actors.values() if s.get("version")]
         if versions and not tick.ending:
             row["policy_lag"] = counts.version - math.fsum(versions) / len(versions)
-        decode = self._seconds.get("time/actor/decode_s", 0.0)
-        if decode:
-            row["decode_tokens_per_s"] = counts.tokens / decode
-        return row | dict(tick.desk)
+        return row | self._rates(tick) | dict(tick.desk)
+
+    def _work_done(self) -> dict[str, float]:
+        """Counts, over the whole run, and the seconds they took, since this process began."""
+        names = {"decode_s": "time/actor/decode_s", "update_s": "time/learner/update_s"}
+        seconds = {name: self._seconds.get(key, 0.0) for name, key in names.items()}
+        return {"tokens": float(self.counts.tokens), "updates": float(self.counts.updates), **seconds}
+
+    def _rates(self, tick: LlmTick) -> dict[str, float]:
+        """Tokens per second of decoding and of updating, since the last row."""
+        now, before = self._work_done(), self._before
+        self._before = now
+        more = {name: value - before[name] for name, value in now.items()}
+        found = {}
+        if more["decode_s"] > 0:
+            found["decode_tokens_per_s"] = more["tokens"] / more["decode_s"]
+        if more["update_s"] > 0 and more["updates"] > 0 and "tokens" in tick.learner_metrics:
+            found["learner_tokens_per_s"] = tick.learner_metrics["tokens"] * more["updates"] / more["update_s"]
+        return found
 
     # --------------------------------------------------------------- decisions
 

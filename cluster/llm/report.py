@@ -33,6 +33,8 @@ from cluster.runs import RunFolder
 from configs.llm import LlmConfig
 
 _MOST_EXAMPLES = 12
+_MOST_CHARACTERS = 600  # of an example's prompt and of its completion
+_OLDEST = 64  # `learners.llm.measures.LAGS`: older tokens count as this old
 _COLOURS = ("blue", "orange", "green", "purple")
 
 _STATES: States = {
@@ -72,16 +74,16 @@ def write_report(run_folder: Path) -> Path:
         _summary(config, facts, curves),
         "<h2>Held-out prompts</h2>",
         charts_html(_pass_charts(config, curves), "No evaluation had ended when the metrics were last written."),
-        charts_html(_family_charts(curves), ""),
+        *_family_section(curves),
         "<h2>Training prompts and difficulty</h2>",
         charts_html(_curriculum_charts(curves), "No group had ended when the metrics were last written."),
         "<h2>Policy</h2>",
         charts_html(_policy_charts(curves), "No update had been made when the metrics were last written."),
         "<h2>Staleness and weight synchronisation</h2>",
-        charts_html(_staleness_charts(curves), "No group had been learnt from."),
+        charts_html(_staleness_charts(curves), "No group had been learnt from when the metrics were last written."),
         _lags(curves),
         "<h2>Throughput</h2>",
-        charts_html(_throughput_charts(curves), "No throughput was measured."),
+        charts_html(_throughput_charts(curves), "No throughput had been measured when the metrics were last written."),
         "<h2>Completions</h2>",
         _example_table(examples),
         "<h2>Where time went</h2>",
@@ -98,7 +100,9 @@ def _summary(config: LlmConfig, facts: Mapping[str, Any], curves: Curves) -> str
     def before_after(name: str) -> str:
         _, values = _evaluations(curves, "step", name)
         if not len(values):
-            return "none"
+            return "not measured"
+        if len(values) == 1:
+            return f"<b>{number(values[0], 3)}</b>, measured once"
         return f"<b>{number(values[-1], 3)}</b> after, {number(values[0], 3)} before"
 
     over = f" over {', '.join(config.eval.families)}" if config.eval.families else ""
@@ -112,16 +116,43 @@ def _summary(config: LlmConfig, facts: Mapping[str, Any], curves: Curves) -> str
         (f"greedy{escape(over)}", before_after("eval/greedy")),
         ("Stop condition", _stop(config, facts, curves)),
         ("Learner steps", f"<b>{number(curves.last('updates'))}</b>"),
-        ("Completions sampled", f"<b>{number(curves.total('samples'))}</b>, {number(curves.total('tokens'))} tokens"),
+        (
+            "Completions sampled",
+            f"<b>{number(curves.total('samples'))}</b>, {number(curves.total('sampled_tokens'))} tokens",
+        ),
         ("Groups kept", f"<b>{number(kept)}</b> of {number(groups)}"),
-        ("Tokens wasted", f"<b>{number(100 * (curves.last('waste/share') or 0.0), 1)} %</b>"),
+        ("Tokens wasted", f"<b>{_percent(curves.last('waste/share'))}</b>"),
         ("Completions nobody could judge", f"<b>{number(curves.total('unscored'))}</b>"),
+        *_failed(curves),
         ("Seed", f"<b>{config.seed}</b>"),
         ("Wall time", f"<b>{duration(curves.total('wall_s'))}</b>"),
         ("Started", started_text(facts)),
         ("Machine", machine_text(facts)),
     )
     return fact_list(pairs)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{number(100 * share, 1)} %"
+
+
+def _failed(curves: Curves) -> Iterator[tuple[str, str]]:
+    """What should not be, where it is: prompts that cannot be sampled, and evaluations that lack some completions."""
+    for name, told, count in (
+        (
+            "Prompts that could not be sampled",
+            "too long for the model, or with unknown characters",
+            curves.total("failed"),
+        ),
+        (
+            "Held-out completions nobody could judge",
+            "at the last evaluation, left out of it",
+            curves.last("eval/unscored"),
+        ),
+        ("Held-out prompts that could not be sampled", "left out of the evaluations", curves.last("eval/failed")),
+    ):
+        if count:
+            yield name, f"<b>{number(count)}</b>, {told}"
 
 
 def _stop(config: LlmConfig, facts: Mapping[str, Any], curves: Curves) -> str:
@@ -165,14 +196,40 @@ def _pass_charts(config: LlmConfig, curves: Curves) -> Iterator[Chart]:
 
 
 def _families(curves: Curves, prefix: str, suffix: str) -> list[str]:
-    names = (name for name in curves.names() if name.startswith(prefix) and name.endswith(suffix))
+    shortest = len(prefix) + len(suffix)
+    names = (n for n in curves.names() if n.startswith(prefix) and n.endswith(suffix) and len(n) > shortest)
     return sorted({name[len(prefix) : -len(suffix)] for name in names})
+
+
+def _family_section(curves: Curves) -> Iterator[str]:
+    """Each family by itself: lines where there are few, and figures in any case."""
+    families = _families(curves, "eval/", "/pass_at_1")
+    if not families:
+        return
+    if len(families) <= len(_COLOURS):
+        yield charts_html(_family_charts(curves), "")
+    columns = {"pass@1": "pass_at_1", "greedy": "greedy"}
+    head = "".join(f'<th class="number">{c} before</th><th class="number">after</th>' for c in columns)
+    rows = ""
+    for family in families:
+        cells = ""
+        for name in columns.values():
+            _, values = _evaluations(curves, "step", f"eval/{family}/{name}")
+            for value in (values[0], values[-1]) if len(values) else (None, None):
+                cells += f'<td class="number">{number(value, 3)}</td>'
+        predicted, drawn = (curves.last(f"family/{family}/{name}") for name in ("pass_rate", "drawn"))
+        cells += f'<td class="number">{number(predicted, 3)}</td><td class="number">{_percent(drawn)}</td>'
+        rows += f"<tr><td>{escape(family)}</td>{cells}</tr>"
+    yield (
+        f'<div class="scroll"><table><thead><tr><th>family</th>{head}<th class="number">predicted for training</th>'
+        f'<th class="number">share of the groups drawn</th></tr></thead><tbody>{rows}</tbody></table></div>'
+    )
 
 
 def _family_charts(curves: Curves) -> Iterator[Chart]:
     for title, suffix in (("pass@1 by family", "/pass_at_1"), ("Greedy by family", "/greedy")):
         series = []
-        for colour, family in zip(_COLOURS * 64, _families(curves, "eval/", suffix), strict=False):
+        for colour, family in zip(_COLOURS, _families(curves, "eval/", suffix), strict=False):
             at, values = _evaluations(curves, "step", f"eval/{family}{suffix}")
             if len(at):
                 series.append(Series(family, at, values, colour, markers=len(at) <= 60, thin=False))
@@ -185,17 +242,16 @@ def _curriculum_charts(curves: Curves) -> Iterator[Chart]:
         ("Predicted pass rate by family", "pass rate", "/pass_rate"),
         ("What was drawn", "share of the groups drawn so far", "/drawn"),
     ):
-        families = _families(curves, "family/", suffix)[: len(_COLOURS)]
-        names = {
-            family: (f"family/{family}{suffix}", colour) for family, colour in zip(families, _COLOURS, strict=False)
-        }
-        yield from together(curves, title, unit, names)
+        families = _families(curves, "family/", suffix)
+        if len(families) <= len(_COLOURS):
+            names = {f: (f"family/{f}{suffix}", colour) for f, colour in zip(families, _COLOURS, strict=False)}
+            yield from together(curves, title, unit, names)
     share = {"from_zero": True, "scale": 100.0}
-    yield from over_time(curves, "Groups kept by the filter", "% of groups", "kept_share", **share)
+    yield from over_time(curves, "Groups kept by the filter", "% of the groups so far", "kept_share", **share)
     yield from together(
         curves,
         "Tokens thrown away, and why",
-        "share of the tokens sampled",
+        "share of the tokens sampled so far",
         {
             "in all": ("waste/share", "blue"),
             "too hard": ("waste/too_hard", "orange"),
@@ -210,7 +266,7 @@ def _policy_charts(curves: Curves) -> Iterator[Chart]:
     yield from over_time(curves, "Entropy", "nats per token", "entropy", from_zero=True, colour="purple")
     yield from over_time(curves, "Length of completions", "tokens", "length/mean", from_zero=True, colour="green")
     yield from over_time(
-        curves, "Cut off at the most tokens", "% of completions", "cut_off_share", scale=100.0, from_zero=True
+        curves, "Cut off at the most tokens", "% of completions", "length/cut_fraction", scale=100.0, from_zero=True
     )
     yield from over_time(
         curves, "Clipped tokens", "% of tokens", "ratio/clipped_fraction", scale=100.0, from_zero=True, colour="orange"
@@ -236,9 +292,10 @@ def _lags(curves: Curves) -> str:
     if not whole:
         return ""
     rows = "".join(
-        f"<tr><td>{lag}{' or more' if lag == lags[-1] and len(lags) > 1 else ''}</td>"
+        f"<tr><td>{lag}{' or more' if lag == _OLDEST else ''}</td>"
         f'<td class="number">{100 * count / whole:.1f} %</td></tr>'
         for lag, count in counts.items()
+        if count
     )
     return (
         '<table class="times"><thead><tr><th>versions behind the learner</th><th class="number">share of the tokens learnt from'
@@ -260,8 +317,8 @@ def _example_table(examples: Sequence[Mapping[str, Any]]) -> str:
     chosen = np.unique(np.linspace(0, len(examples) - 1, min(_MOST_EXAMPLES, len(examples))).astype(int))
     rows = "".join(
         f'<tr><td class="number">{escape(str(one.get("step")))}</td><td>{escape(str(one.get("family")))}</td>'
-        f"<td><code>{escape(str(one.get('prompt')))}</code></td><td><code>{escape(str(one.get('completion')))}</code></td>"
-        f'<td class="number">{escape(str(one.get("reward")))}</td><td>{escape(str(one.get("reason")) or "passed")}</td></tr>'
+        f"<td><code>{_cut(one.get('prompt'))}</code></td><td><code>{_cut(one.get('completion'))}</code></td>"
+        f'<td class="number">{_reward(one.get("reward"))}</td><td>{_verdict(one)}</td></tr>'
         for one in (examples[int(index)] for index in chosen)
     )
     return (
@@ -269,3 +326,19 @@ def _example_table(examples: Sequence[Mapping[str, Any]]) -> str:
         '<thead><tr><th class="number">step</th><th>family</th><th>prompt</th><th>completion</th><th class="number">reward</th>'
         f"<th>verdict</th></tr></thead><tbody>{rows}</tbody></table></div>"
     )
+
+
+def _cut(text: Any) -> str:
+    """Text of any length as escaped HTML."""
+    text = str(text)
+    more = len(text) - _MOST_CHARACTERS
+    return escape(text) if more <= 0 else f"{escape(text[:_MOST_CHARACTERS])}… ({more:,} more)"
+
+
+def _reward(value: Any) -> str:
+    return f"{value:g}".replace("-", "−") if isinstance(value, (int, float)) else "–"
+
+
+def _verdict(one: Mapping[str, Any]) -> str:
+    passed, reason = one.get("passed"), str(one.get("reason") or "")
+    return ("passed" if passed else "failed") + (f": {_cut(reason)}" if reason else "")

@@ -64,7 +64,7 @@ class LlmSyncRun:
         self._warned, self._told = Warned(), 0
         self._recorder = Recorder(folder, self._head, show=show, resume=resume)
         self._examples = ExampleFile(folder.path)
-        self._version, self._weights = 0, b""
+        self._version = 0
         self._paused_s = 0.0
         self._first: float | None = None
         path = storage_path(config.replay.directory, run=folder.path.name, shard=0, part=f"queue_{TABLE}")
@@ -109,7 +109,7 @@ class LlmSyncRun:
         return self._desk.take(ACTOR, count)
 
     def _take_weights(self, version: int, data: bytes) -> None:
-        self._version, self._weights = version, data
+        self._version = version
         self._rollout.set_weights(version, data)
 
     def run(self, stopping: threading.Event) -> dict[str, Any]:
@@ -170,16 +170,20 @@ class LlmSyncRun:
                 return True
         return False
 
-    def _tick(self, *, ending: bool = False) -> None:
+    def _tick(self, *, ending: bool = False, evaluating: bool = False) -> None:
         learner = parts.learner_status(self._loop)
+        shards = {"shard 0": self._queue.stats()}
+        self._head.count_shards(shards)
+        self._desk.stale(self._head.counts.dropped_stale_groups)
         tick = LlmTick(
             time=time.monotonic(),
             actors={ACTOR: parts.actor_status(self._rollout, None)},
-            shards={"shard 0": self._queue.stats()},
+            shards=shards,
             learner=learner,
             learner_metrics=learner["metrics"],
             paused_s=self._paused_s,
             ending=ending,
+            evaluating=evaluating,
             first_step=self._first,
             desk=self._desk.metrics(),
         )
@@ -199,13 +203,14 @@ class LlmSyncRun:
         assert self._evaluator is not None
         settings = self._config.eval
         began = time.monotonic()
-        passes = self._evaluator.run(self._version, self._weights)
+        # Of the learner as it is now, which is not always what was last published (`learners.publish_every`).
+        passes = self._evaluator.run(self._version, self._learner.policy_bytes())
         figures = summary(passes, attempts=settings.attempts, families=settings.families)
         evaluation = LlmEvaluation(self._head.step, self._version, figures)
         self._paused_s += time.monotonic() - began
         best = self._head.evaluated(evaluation)
         self._recorder.event("evaluation", evaluation.text)
-        self._tick()
+        self._tick(evaluating=True)  # a row of its own, for the curves over time; it says nothing of throughput
         if best and self._head.step:
             self._checkpoint(evaluation.score)
 
@@ -214,6 +219,6 @@ class LlmSyncRun:
             save_learner=lambda path: parts.save_learner(path, self._learner, version=self._version),
             save_shards=lambda path, _before: [parts.save_shard(self._queue, path, index=0)],
             save_more=lambda path: parts.save_desk(self._desk, path),
-            policy=self._weights,
+            policy=self._learner.policy_bytes(),
             evaluation=evaluation,
         )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Literal, Protocol
 
 import pyarrow as pa
 from torch import Tensor
@@ -16,6 +17,7 @@ from learners.publisher import Publisher
 from replay.queue_sampler import QueueBatch, QueueSampler
 
 POLL_S = 0.25  # longest time that the loop takes to see that it is told to end
+HOLD_S = 240.0  # longest time that it is held still; learners of a group wait for each other no longer than 300 s
 
 
 class Algorithm(Protocol):
@@ -60,8 +62,8 @@ class LlmLoop:
     never ahead of it: how far a group lags, and so whether it is still used, is decided against the weights that it will change.
     Little is lost by that, as a `QueueReader` fetches deliveries while the learner works, so drawing joins what is here already.
 
-    A batch is acknowledged after its update, in one turn with it: whoever saves the state between two turns finds the weights
-    and what they were learnt from together. A learner that is lost within an update leaves its batch to the next one.
+    A batch is acknowledged after its update, in one turn with it: whoever saves the state between two turns (`hold`) finds the
+    weights and what they were learnt from together. A learner that is lost within an update leaves its batch to the next one.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class LlmLoop:
         publish: Callable[[int, bytes], None] | None,
         publish_every: int = 1,
         version: int = 0,
+        most_updates: int | None = None,
         group: Group | None = None,
     ) -> None:
         """
@@ -79,6 +82,7 @@ class LlmLoop:
         publish: takes a version and its weights; None on all learners of a group but the first.
         publish_every: learner steps between two publications.
         version: that of the first publication.
+        most_updates: learner steps, over all restarts, after which nothing more is learnt; the loop then waits to be told to end.
         group: the learners that this one is one of.
         """
         self._algorithm = algorithm
@@ -88,13 +92,17 @@ class LlmLoop:
         self._next_version = version
         self._published = False
         self._since_publish = 0
+        self._most_updates = math.inf if most_updates is None else most_updates
         self._group = group
         self._publisher: Publisher | None = None
-        self._turn = threading.Condition()
+        self._turn = threading.Condition()  # over what follows
+        self._phase: Literal["new", "running", "ended", "failed"] = "new"  # of `run`
         self._updating = False
-        self._holders = 0
-        self._is_state_wanted = False
-        self._gathered: dict[str, Tensor] | None = None
+        self._is_hold_wanted = self._is_held_too_long = False
+        self._held: dict[str, Tensor] | None = None  # the state, while the loop is held still with it
+        self._last: dict[str, Tensor] | None = None  # the state at the end, where learners divide it
+        self._is_report_wanted = False
+        self._report: dict[str, float] | None = None
         self._waiting_since: float | None = None
         self._update_s = self._wait_s = self._publish_s = self._wall_s = 0.0
         self._running_since: float | None = None
@@ -102,38 +110,50 @@ class LlmLoop:
     # ------------------------------------------------------------------------------------------------- running it
 
     def run(self, until: threading.Event) -> None:
-        """Learns until `until` is set, then publishes what is waiting and returns; in a group, once any of them is told.
+        """Learns until `until` is set, then publishes the last weights and returns; in a group, once any of them is told.
 
         Raises what the sampler or `publish` raised, FloatingPointError from the learner step, and GroupError.
         """
         publisher = self._publisher = Publisher(self._publish_callable or _nowhere)
         self._running_since = time.perf_counter()
+        self._enter("running")
+        phase: Literal["ended", "failed"] = "failed"
         try:
             self._publish_first()
-            batch: QueueBatch | None = None
-            while True:
-                if batch is None and not until.is_set():
-                    batch = self._next()
-                stop = until.is_set() or publisher.error is not None
-                stop, ready, is_state_wanted = self._agree(stop=stop, ready=batch is not None)
-                if is_state_wanted:
-                    self._gather_state()
-                if stop:
-                    break
-                if ready and batch is not None:
-                    self._update(batch)
-                    batch = None
+            self._learn(until, publisher)
             self._sampler.flush()
             self._algorithm.check_finite()
+            if self._since_publish and publisher.error is None:
+                self.publish()
+            if self._algorithm.is_divided:
+                self._last = self._algorithm.state()
+            phase = "ended"
         finally:
             publisher.close()
             self._publisher = self._waiting_since = None
             self._wall_s = self._wall()
-            with self._turn:
-                self._running_since = None
-                self._turn.notify_all()
+            self._running_since = None
+            self._enter(phase)
         if publisher.error is not None:
             raise publisher.error
+
+    def _learn(self, until: threading.Event, publisher: Publisher) -> None:
+        batch: QueueBatch | None = None
+        while True:
+            if self._algorithm.updates >= self._most_updates:
+                self._waiting_since = None
+                until.wait(POLL_S)
+            elif batch is None and not until.is_set():
+                batch = self._next()
+            stop = until.is_set() or publisher.error is not None
+            stop, ready, is_held = self._agree(stop=stop, ready=batch is not None)
+            if is_held:
+                self._hold_still()
+            if stop:
+                return
+            if ready and batch is not None:
+                self._update(batch)
+                batch = None
 
     def step(self, timeout_s: float = 60.0) -> None:
         """One learner step in the calling thread, publication included, without a group.
@@ -175,40 +195,44 @@ class LlmLoop:
         self._publish_s += time.perf_counter() - start
         return version
 
-    def state(self) -> dict[str, Tensor]:
-        """The algorithm's state between two turns, with all that it learnt from consumed for good; any thread but the loop's own.
+    def hold(self) -> dict[str, Tensor]:
+        """Holds the running loops of all learners still after a turn, until `release` or for `HOLD_S` at most. Any thread but theirs.
 
-        Where weights are divided, the running loops of all learners gather it together at their next turn, if one is asked.
+        Returns the algorithm's state. All that it learnt from, on every learner, is then consumed for good, and nothing else is: a
+        copy of the queue that is made before `release` has exactly what this state has not learnt from. A loop that has ended is
+        as good as held.
 
-        Raises RuntimeError if such loops ended first.
+        Raises RuntimeError if the loop has failed, or the hold was released before it began.
         """
-        if self._running_since is None or not self._algorithm.is_divided:
-            with self.between_updates():
-                self._sampler.flush()
+        with self._turn:
+            self._is_hold_wanted, self._is_held_too_long = True, False
+            if self._phase == "new" and not self._algorithm.is_divided:  # `run` begins by holding still
                 return self._algorithm.state()
-        with self._turn:
-            self._gathered, self._is_state_wanted = None, True
-            self._turn.wait_for(lambda: self._gathered is not None or self._running_since is None)
-            self._is_state_wanted = False
-            if self._gathered is None:
-                raise RuntimeError(
-                    "the learners' loops ended before they could gather their state: expected them to be running, or all learners "
-                    "to ask their algorithm together"
-                )
-            gathered, self._gathered = self._gathered, None
-        return gathered
+            self._turn.wait_for(
+                lambda: self._held is not None or not self._is_hold_wanted or self._phase in ("ended", "failed")
+            )
+            if self._held is not None:
+                return self._held
+            self._is_hold_wanted = False
+            if self._phase != "ended":
+                why = "it has failed" if self._phase == "failed" else "it was let go of before it was held"
+                raise RuntimeError(f"the learner's loop could not be held still for its state: {why}")
+        self._sampler.flush()
+        return self._algorithm.state() if self._last is None else self._last
 
-    @contextmanager
-    def between_updates(self) -> Iterator[None]:
-        """Holds the loop still, so that the algorithm's state can be read or written; any thread but the loop's own."""
+    def release(self) -> bool:
+        """Lets a held loop go on. Returns whether it was held until now: it goes on by itself after `HOLD_S`."""
         with self._turn:
-            self._holders += 1
-            try:
-                self._turn.wait_for(lambda: not self._updating)
-                yield
-            finally:
-                self._holders -= 1
-                self._turn.notify_all()
+            self._is_hold_wanted, self._held = False, None
+            self._turn.notify_all()
+            return not self._is_held_too_long
+
+    def state(self) -> dict[str, Tensor]:
+        """The algorithm's state between two turns; as `hold`, followed by `release`."""
+        try:
+            return self.hold()
+        finally:
+            self.release()
 
     # ---------------------------------------------------------------------------------------------- watching it
 
@@ -225,9 +249,17 @@ class LlmLoop:
         }
 
     def metrics(self) -> dict[str, float]:
-        """The algorithm's metrics since the last call, taken between two updates."""
-        with self.between_updates():
-            return self._algorithm.metrics()
+        """The algorithm's metrics since the last call. Waits for no update: during one, those that the end of an earlier one left.
+
+        Empty where there are none; what they leave out comes with a later call.
+        """
+        with self._turn:
+            found, self._report = self._report, None
+            if self._updating:
+                self._is_report_wanted = True
+            elif found is None:
+                found = self._algorithm.metrics()
+            return found or {}
 
     @property
     def waiting_for(self) -> str | None:
@@ -241,37 +273,46 @@ class LlmLoop:
         if not self._published:
             self.publish()
 
+    def _enter(self, phase: Literal["running", "ended", "failed"]) -> None:
+        with self._turn:
+            self._phase = phase
+            self._turn.notify_all()
+
     def _agree(self, *, stop: bool, ready: bool) -> tuple[bool, bool, bool]:
-        """Whether any learner stops, all have a batch, and any is asked for the state."""
+        """Whether any learner stops, all have a batch, and any is to be held still."""
         if self._group is None:
-            return stop, ready, False
+            return stop, ready, self._is_hold_wanted
         start = time.perf_counter()
         # The extent of returns, which language models have no use for, is the largest of numbers that learners tell each other.
-        agreed = self._group.agree(stop=stop, ready=ready, extent=(0.0, float(self._is_state_wanted)))
+        agreed = self._group.agree(stop=stop, ready=ready, extent=(0.0, float(self._is_hold_wanted)))
         self._wait_s += time.perf_counter() - start
         return agreed.stop, agreed.ready, agreed.extent is not None and agreed.extent[1] > 0.0
 
-    def _gather_state(self) -> None:
+    def _hold_still(self) -> None:
+        """Gives the state to who asked for it, and waits for the release; the other learners of a group then wait for this one."""
         self._sampler.flush()
-        with self._updates():
-            state = self._algorithm.state()
+        if self._group is not None:
+            self._agree(stop=False, ready=False)  # all have flushed
+        if not (self._is_hold_wanted or self._algorithm.is_divided):
+            return
+        state = self._algorithm.state()
         with self._turn:
-            if self._is_state_wanted:
-                self._gathered = state
+            if self._is_hold_wanted:
+                self._held = state
                 self._turn.notify_all()
+                self._is_held_too_long = not self._turn.wait_for(lambda: not self._is_hold_wanted, HOLD_S)
+                self._is_hold_wanted, self._held = False, None
 
     @contextmanager
     def _updates(self) -> Iterator[None]:
-        """The algorithm changes within it; waits for those in `between_updates`."""
+        """The algorithm changes within it."""
         with self._turn:
-            self._turn.wait_for(lambda: self._holders == 0)
             self._updating = True
         try:
             yield
         finally:
             with self._turn:
                 self._updating = False
-                self._turn.notify_all()
 
     def _update(self, batch: QueueBatch) -> None:
         self._waiting_since = None
@@ -280,6 +321,9 @@ class LlmLoop:
             self._algorithm.update(batch.rows)
             self._sampler.acknowledge(batch)
             self._update_s += time.perf_counter() - start
+            if self._is_report_wanted:
+                self._is_report_wanted = False
+                self._report = self._algorithm.metrics()
             self._since_publish += 1
             if self._since_publish >= self._publish_every:
                 self.publish()
