@@ -44,7 +44,8 @@ svg { display: block; width: 100%; height: auto; } svg text { font-family: syste
 .bar span { min-width: 0; }
 .key { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .5em; background: var(--grid); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-table.times { max-width: 46rem; } th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--grid); vertical-align: top; }
+.charts + .scroll, .charts + table { margin-top: 1.25rem; }
+table.times { max-width: 46rem; } .part { height: .7em; border-radius: 2px; background: var(--blue); } th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--grid); vertical-align: top; }
 th { color: var(--faint); font-weight: 400; } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tbody + tbody td { border-top: 0; } td.bars { padding: .9rem 0 .4rem; border: 0; }
 pre { background: var(--soft); padding: .75rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; line-height: 1.45; }
@@ -149,13 +150,16 @@ def over_time(curves: Curves, title: str, unit: str, name: str, **options: Any) 
         yield Chart(title, label, unit, [Series("", x, y, colour)], **options)
 
 
-def together(curves: Curves, title: str, unit: str, names: Mapping[str, tuple[str, str]]) -> Iterator[Chart]:
+def together(
+    curves: Curves, title: str, unit: str, names: Mapping[str, tuple[str, str]], *, from_zero: bool = False
+) -> Iterator[Chart]:
     """One chart of several columns over time: `names` maps what a line is called to its column and its colour."""
     there = {label: found for label, found in names.items() if curves.has(found[0])}
     if there and curves.has("time_s"):
         unit_s, label = time_axis(curves.total("time_s") or 0.0)
         x = curves.running("time_s") / unit_s
-        yield Chart(title, label, unit, [Series(line, x, curves.get(name), c) for line, (name, c) in there.items()])
+        lines = [Series(line, x, curves.get(name), colour) for line, (name, colour) in there.items()]
+        yield Chart(title, label, unit, lines, from_zero=from_zero)
 
 
 def charts_html(charts: Iterator[Chart], otherwise: str) -> str:

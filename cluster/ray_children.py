@@ -11,8 +11,8 @@ from typing import Any
 
 import ray
 
-from configs.llm import LlmLearnersSettings
-from configs.schema import LearnersSettings
+from cluster.runs import AnyConfig
+from configs.llm import LlmConfig
 
 START_S = 120.0  # the longest that a process may take to start
 ANSWER_S = 1.0  # where a process takes longer to answer, the head goes on with its last status
@@ -163,7 +163,9 @@ class Children:
         except ray.exceptions.RayActorError:
             return "died"
         except ray.exceptions.RayError as error:
-            if child.starting is not None:  # what could not start now will not start again
+            # What could not start now will not start again, but for a learner whose group has lost another one.
+            lost_another = type(getattr(error, "cause", None)).__name__ == "GroupError"
+            if child.starting is not None and not lost_another:
                 raise RunError(f"{child.name} could not start: {short(error)}") from error
             return f"failed: {short(error)}"
         if child.starting is not None:
@@ -209,15 +211,18 @@ class Children:
             self.kill(name)
 
 
-def gpus_of_a_learner(settings: LearnersSettings | LlmLearnersSettings, *, tell: Callable[..., None]) -> float:
+def gpus_of_a_learner(config: AnyConfig, *, tell: Callable[..., None]) -> float:
     """GPUs that Ray sets aside for each learner; `tell` is `Recorder.event`.
 
     Raises:
         RunError: `learners.device` asks for a GPU each, and the cluster has too few.
     """
+    settings = config.learners
     if settings.gpus is not None:
         return settings.gpus
     there = float(ray.cluster_resources().get("GPU", 0.0)) if settings.device != "cpu" else 0.0
+    if isinstance(config, LlmConfig):
+        there = max(0.0, there - config.actors.count * config.actors.gpus)
     if there >= settings.count:
         return 1.0
     if there and settings.count > 1:

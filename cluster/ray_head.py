@@ -43,8 +43,8 @@ class RunHead(ABC):
     """What the heads of all kinds of runs have in common; a subclass is the named detached Ray actor.
 
     A subclass makes its own fields after those of this class, and then calls `_begin`, which starts the control loop. What
-    it fills in are the abstract methods; `_arguments`, `_start_learners`, `_save_learner`, `_save_shards` and `_save_more`
-    have a body that it may replace.
+    it fills in are the abstract methods; `_arguments`, `_start_learners`, `_save_learner`, `_save_shards`, `_save_more`,
+    `_stall`, `_checkpoint_due` and `_to_evaluate` have a body that it may replace.
     """
 
     FIRST: ClassVar[str]  # what actors do first, as the event of it says: "environment step"
@@ -73,6 +73,7 @@ class RunHead(ABC):
         self._unsaved_best: tuple[float, bytes] | None = None  # score and policy
         self._tried_at = 0.0  # to write a checkpoint; monotonic
         self._evaluation: tuple[Any, int, int, bytes] | None = None  # answer, step, version, weights
+        self._is_second_try = False  # of the evaluation
         self._next_warning = 0  # of learner 0
         self._first_step_told = False
         self._first_step: float | None = None  # monotonic
@@ -130,6 +131,18 @@ class RunHead(ABC):
 
     def _save_more(self, path: Path) -> None:  # noqa: B027 - most runs have none
         """Write further files into the folder of a checkpoint."""
+
+    def _stall(self) -> str | None:
+        """A line about what is stuck, told once; None where nothing is."""
+        return self._head.stall()
+
+    def _checkpoint_due(self) -> bool:
+        """Whether a checkpoint should be written now."""
+        return self._head.checkpoint_due(time.monotonic())
+
+    def _to_evaluate(self) -> tuple[int, tuple[int, bytes, Any]]:
+        """The step and the weights (version, data, reference) of an evaluation that begins now."""
+        return self._head.step, self._weights
 
     # ------------------------------------------------- calls from other processes
 
@@ -198,7 +211,7 @@ class RunHead(ABC):
             self._wake.wait(max(0.0, due - time.monotonic()))
             self._collect()
             self._tick()
-            if (stall := self._head.stall()) is not None:
+            if (stall := self._stall()) is not None:
                 self._recorder.event("warning", stall)
             self._follow_evaluation()
             reason = self._stop_asked or self._head.stop_reason()
@@ -208,8 +221,7 @@ class RunHead(ABC):
                 self._begin_evaluation()
             # Not while somebody does not answer: the checkpoint would wait for it, and nobody tell of the stall.
             again = self._unsaved_best is not None and time.monotonic() - self._tried_at > RETRY_S
-            due_now = again or self._head.checkpoint_due(time.monotonic())
-            if due_now and not self._children.silent(0.0):
+            if (again or self._checkpoint_due()) and not self._children.silent(0.0):
                 self._checkpoint()
 
     def _finish(self, reason: str) -> dict[str, Any]:
@@ -239,13 +251,14 @@ class RunHead(ABC):
         return summary
 
     def _await_evaluation(self) -> None:
-        if self._evaluation is not None:
-            ray.wait([self._evaluation[0]], timeout=EVALUATE_S)
+        deadline = time.monotonic() + EVALUATE_S
+        while self._evaluation is not None:
+            if not ray.wait([self._evaluation[0]], timeout=max(0.0, deadline - time.monotonic()))[0]:
+                text = f"the last evaluation took longer than {EVALUATE_S:g} s and is left out"
+                self._recorder.event("warning", text)
+                return
             self._follow_evaluation()
-            if self._evaluation is not None:
-                self._recorder.event(
-                    "warning", f"the last evaluation took longer than {EVALUATE_S:g} s and is left out"
-                )
+            self._tick()  # a row holds one evaluation, and there may be another one to come
 
     def _stop_learners(self) -> None:
         """Stop the learners, once they have started where they still do; the counts are final then."""
@@ -267,7 +280,7 @@ class RunHead(ABC):
             write_json(self._folder.path / ADDRESSES, {"addresses": self._addresses})
 
     def _spawn_learners(self) -> None:
-        gpus = gpus_of_a_learner(self._config.learners, tell=self._recorder.event)
+        gpus = gpus_of_a_learner(self._config, tell=self._recorder.event)
         incarnation = self._incarnation()  # one for all: they draw the same numbers
         self._next_warning = 0
         for rank in range(self._config.learners.count):
@@ -374,8 +387,8 @@ class RunHead(ABC):
     # ---------------------------------------------------- evaluation, checkpoint
 
     def _begin_evaluation(self) -> None:
-        version, data, reference = self._weights
-        self._evaluation = (self._ask_evaluation(reference), self._head.step, version, data)
+        step, (version, data, reference) = self._to_evaluate()
+        self._evaluation = (self._ask_evaluation(reference), step, version, data)
 
     def _follow_evaluation(self) -> None:
         """Take in an evaluation that has ended."""
@@ -388,9 +401,15 @@ class RunHead(ABC):
         try:
             found = ray.get(answer)
         except ray.exceptions.RayError as error:
-            self._recorder.event("warning", f"the evaluation at step {step} failed: {short(error)}")
+            again = isinstance(error, ray.exceptions.RayActorError) and not self._is_second_try
+            ending = "; it is begun again" if again else ""
+            self._recorder.event("warning", f"the evaluation at step {step} failed: {short(error)}{ending}")
             self._children.kill("evaluator")
+            self._is_second_try = again
+            if again:
+                self._evaluation = (self._ask_evaluation(ray.put(data)), step, version, data)
             return
+        self._is_second_try = False
         evaluation = self._evaluation_of(found, step, version)
         best = self._head.evaluated(evaluation)
         self._recorder.event("evaluation", evaluation.text)

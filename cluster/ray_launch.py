@@ -155,23 +155,12 @@ def _init(config: AnyConfig, name: str, show: Callable[[None, str], None]) -> No
                 f"no Ray cluster answers at {address}: {error}; start one (`ray start --head`), or leave out --address to "
                 "start a private one"
             ) from error
-        have, want = (
-            ray.cluster_resources(),
-            {"CPU": needed_cpus(config), "GPU": needed_gpus(config)},
-        )
-        short = [f"{want[k]:g} {k}s, and it has {have.get(k, 0):g}" for k in want if want[k] > have.get(k, 0)]
         nodes = sum(node["Alive"] for node in ray.nodes())
         if nodes > 1 and config.replay.host in ("127.0.0.1", "localhost"):
             ray.shutdown()
             raise ClusterError(
                 f"the cluster at {address} has {nodes} nodes, and shards that listen on replay.host {config.replay.host} are "
                 "reached from their own node only; set --replay.host node, on a network you trust"
-            )
-        if short:
-            ray.shutdown()
-            raise ClusterError(
-                f"the cluster at {address} is too small: the run asks for {'; '.join(short)}; lower actors.count, "
-                f"actors.cpus, {'actors.gpus, ' * isinstance(config, LlmConfig)}learners.cpus or learners.gpus"
             )
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -183,6 +172,13 @@ def _init(config: AnyConfig, name: str, show: Callable[[None, str], None]) -> No
             include_dashboard=config.ray.dashboard,
             object_store_memory=config.ray.object_store_mb * 2**20,
             **common,
+        )
+    have, want = ray.cluster_resources(), {"CPU": needed_cpus(config), "GPU": needed_gpus(config)}
+    if short := [f"{want[k]:g} {k}s, and it has {have.get(k, 0):g}" for k in want if want[k] > have.get(k, 0)]:
+        ray.shutdown()
+        raise ClusterError(
+            f"{f'the cluster at {address}' if address else 'this machine'} is too small: the run asks for {'; '.join(short)}; "
+            f"lower actors.count, actors.cpus, {'actors.gpus, ' * isinstance(config, LlmConfig)}learners.cpus or learners.gpus"
         )
     if url := context.dashboard_url:
         show(None, f"Ray dashboard: http://{url}")

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
 
 from actors.llm.assignments import Assignment, Outcome
+from cluster.books import STALL_S
 from cluster.llm import parts
+from cluster.llm.desk import Desk
 from cluster.llm.examples import ExampleFile
 from cluster.llm.head import LlmEvaluation, LlmHead, LlmTick
-from cluster.ray_children import Child
-from cluster.ray_head import RunHead, resumed_at
+from cluster.ray_children import Child, saved
+from cluster.ray_head import RETRY_S, RunHead, resumed_at
 from cluster.ray_llm_workers import LlmEvaluatorWorker, LlmLearnerWorker, QueueShardWorker, SamplerWorker
 from cluster.recorder import LEARNER, replay_folder
 from cluster.runs import RunFolder
+
+STEPS_KEPT = 256  # versions whose learner steps are remembered; evaluations are of the newest
+
+
+@dataclass(frozen=True)
+class _Published:
+    version: int
+    reference: Any  # Ray's, to the weights
 
 
 @ray.remote
@@ -24,6 +38,7 @@ class LlmHeadWorker(RunHead):
     """The head of a language-model run, as a named detached Ray actor."""
 
     FIRST: ClassVar[str] = "completion"
+    _head: LlmHead
 
     def __init__(self, folder: str, wall_started: float, resume: str | None) -> None:
         """
@@ -35,9 +50,20 @@ class LlmHeadWorker(RunHead):
         path = None if resume is None else Path(resume)
         started, state = resumed_at(wall_started, path)
         super().__init__(opened, LlmHead(opened.config, wall_started=started, state=state), wall_started, path)
-        self._desk = parts.make_desk(self._config, path)
+        self._desk: Desk  # made in `_start`, where an error is told as one
         self._examples = ExampleFile(self._folder.path)
         self._at_work: dict[str, int] = {}  # actor → incarnation of the one that is served
+        self._readers: dict[str, str] = {}  # learner → name under which the present one reads
+        self._published: deque[_Published] = deque(maxlen=self._config.actors.hold_back + 1)
+        self._steps: deque[tuple[int, int]] = deque(
+            maxlen=STEPS_KEPT
+        )  # versions published, and the learner steps made then
+        self._first: tuple[int, tuple[int, bytes, Any]] | None = None  # step and weights that are to be evaluated first
+        self._said: deque[str] = deque()  # by the learner while it starts
+        self._said_at = -math.inf  # monotonic
+        self._holds = 0  # checkpoints tried: a number for each
+        self._gpus = self._config.actors.count * self._config.actors.gpus  # set aside for actors and learners
+        self._has_checkpoint = path is not None
         self._begin()
 
     # ------------------------------------------------- calls from other processes
@@ -49,6 +75,30 @@ class LlmHeadWorker(RunHead):
             return []
         return self._desk.take(actor, count)
 
+    def publish(self, version: int, data: bytes, step: int = 0) -> None:
+        """As `RunHead.publish`; `step` counts the learner steps made by these weights."""
+        self._steps.append((version, step))
+        super().publish(version, data)
+        with self._weights_lock:
+            newest, _, reference = self._weights
+            if newest == version:  # else of a learner that was replaced
+                self._published.append(_Published(version, reference))
+            if self._first is None and self._config.eval.every and not self._head.first and len(self._steps) == 1:
+                self._first = step, self._weights
+
+    def policy(self, have: int) -> tuple[int, Any] | None:
+        """As `RunHead.policy`, `actors.hold_back` versions behind the newest."""
+        with self._weights_lock:
+            if not self._published:
+                return None
+            held = self._published[0]
+        return None if held.version <= have else (held.version, held.reference)
+
+    def tell(self, text: str) -> None:
+        """A line about the learner's start."""
+        self._said.append(text)
+        self._said_at = time.monotonic()
+
     # --------------------------------------------------------------- processes
 
     def _start(self) -> None:
@@ -58,6 +108,9 @@ class LlmHeadWorker(RunHead):
         self._spawn_learners()
         for index in range(config.actors.count):
             self._spawn_actor(index)
+        if config.eval.every:  # the first evaluation is due as soon as there are weights
+            self._spawn_evaluator()
+        self._desk = parts.make_desk(config, self._resume)
         self._addresses = [""] * config.replay.shards
         self._ports = [0] * config.replay.shards
         kept = self._resume if config.checkpoints.replay else None
@@ -112,16 +165,30 @@ class LlmHeadWorker(RunHead):
         child.starting = child.worker.start.remote(self._addresses)
 
     def _make_learner(self, rank: int, *, name: str, gpus: float, incarnation: int) -> None:
+        if name in self._readers:  # what a dead one was given goes back at once, not when its lease ends
+            for shard in self._children.of("shard"):
+                shard.worker.end_reader.remote(self._readers[name])
+        else:
+            self._gpus += gpus
+        self._readers[name] = parts.reader_name(rank, incarnation)
         self._children.make(
             name,
             LlmLearnerWorker,
             self._config,
             rank,
             self._self,
+            self._readers[name],
             self._security,
             cpus=self._config.learners.cpus,
             gpus=gpus,
         )
+
+    def _spawn_evaluator(self) -> None:
+        """On a GPU as actors are, where one is left; else it would never start."""
+        gpus = self._config.actors.gpus
+        if gpus > float(ray.cluster_resources().get("GPU", 0.0)) - self._gpus:
+            gpus = 0.0
+        self._children.make("evaluator", LlmEvaluatorWorker, self._config, gpus, cpus=0.0, gpus=gpus)
 
     def _replace(self, child: Child) -> str:
         if child.kind == "shard":
@@ -147,27 +214,65 @@ class LlmHeadWorker(RunHead):
     # ----------------------------------------------------------------- watching
 
     def _tick(self) -> None:
+        while self._said:
+            self._recorder.event("start", self._said.popleft())
         self._desk.learnt(self._head.counts.updates)
         for child in self._children.of("actor"):
             self._examples.add(child.status.pop("examples", ()), step=self._head.step)
         self._recorder.row(self._head.tick(LlmTick(**self._moment(), desk=self._desk.metrics())))
 
+    def _stall(self) -> str | None:
+        """As `RunHead._stall`; while the supervised phase tells of its steps nothing is stuck."""
+        is_starting = any(child.starting is not None for child in self._children.of("learner"))
+        return None if is_starting and time.monotonic() - self._said_at < STALL_S else super()._stall()
+
     # ---------------------------------------------------- evaluation, checkpoint
 
-    def _ask_evaluation(self, reference: Any) -> Any:
+    def _to_evaluate(self) -> tuple[int, tuple[int, bytes, Any]]:
+        """As `RunHead._to_evaluate`, with the learner steps that made these weights; the run's very first weights come first."""
+        with self._weights_lock:
+            if self._first is not None:
+                found, self._first = self._first, None
+                return found
+            return dict(self._steps)[self._weights[0]], self._weights
+
+    def _ask_evaluation(self, weights: Any) -> Any:
         if "evaluator" not in self._children:
-            self._children.make("evaluator", LlmEvaluatorWorker, self._config, cpus=0.0)
-        return self._children["evaluator"].worker.evaluate.remote(self._weights[0], reference)
+            self._spawn_evaluator()
+        return self._children["evaluator"].worker.evaluate.remote(weights)
 
     def _evaluation_of(self, answer: Any, step: int, version: int) -> LlmEvaluation:
         return LlmEvaluation(step, version, answer)
 
+    def _checkpoint_due(self) -> bool:
+        """As `RunHead._checkpoint_due`, but not while a learner starts, for that may take long.
+
+        The first is due at once: a learner that dies must not go through its supervised phase again.
+        """
+        if any(child.starting is not None or "updates" not in child.status for child in self._children.of("learner")):
+            return False
+        is_first = not self._has_checkpoint and self._weights[0] > 0 and time.monotonic() - self._tried_at > RETRY_S
+        return is_first or super()._checkpoint_due()
+
     def _checkpoint(self) -> bool:
+        self._holds += 1
         try:
             return super()._checkpoint()
         finally:
             if "learner" in self._children:
-                self._children["learner"].worker.release.remote()
+                self._children["learner"].worker.release.remote(self._holds)
+            self._has_checkpoint = self._has_checkpoint or self._latest() is not None
+
+    def _save_learner(self, path: Path) -> int:
+        """As `RunHead._save_learner`; the learners then hold still, so that the shards save exactly what was not learnt from."""
+        return int(saved(self._children["learner"].worker.save.remote(str(path), self._holds)))
+
+    def _save_shards(self, replay: Path, before: Path | None) -> list[dict[str, int]]:
+        counters = super()._save_shards(replay, before)
+        ray.get(
+            self._children["learner"].worker.release.remote(self._holds)
+        )  # raises where it did not hold still so long
+        return counters
 
     def _save_more(self, path: Path) -> None:
         parts.save_desk(self._desk, path)

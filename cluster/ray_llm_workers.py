@@ -19,12 +19,14 @@ from configs.llm import LlmConfig
 from replay.security import Security, flight_client
 
 if TYPE_CHECKING:
-    from actors.llm.assignments import Assignment
+    from actors.llm.assignments import Assignment, Outcome
     from learners.distributed import Group, Rendezvous
     from replay.queue_server import QueueServer
 
 DESK_S = 0.05  # how often an actor talks to the head
-HOLD_S = 600.0  # the longest that a learner holds still for a checkpoint whose head does not come back
+POLL_S = 0.1
+WARM_START_S = 7 * 86_400.0  # the longest that learners wait for the one that makes the first weights
+FULL_S = 2.0  # how long an actor that is to stop waits for room in the queue
 
 
 @ray.remote
@@ -89,6 +91,11 @@ class QueueShardWorker:
         assert self._server is not None
         self._server.queue.end_writer(writer)
 
+    def end_reader(self, reader: str) -> None:
+        """Give back what a dead learner has taken and not acknowledged."""
+        assert self._server is not None
+        self._server.queue.close_reader(reader)
+
     def close(self) -> None:
         """Stop serving and remove the queue's file."""
         if self._server is not None:
@@ -110,13 +117,14 @@ class SamplerWorker:
         self._newest = 0  # version that the rollout was given
         self._assigned: deque[Assignment] = deque()
         self._wanted = 0  # assignments that the rollout would take now
-        self._outcomes: deque[Any] = deque()
+        self._outcomes: deque[Outcome] = deque()
+        self._unsent: list[Outcome] = []  # outcomes that the head may not have
         self._unable: Exception | None = None
         try:
             import torch
 
             torch.set_num_threads(config.actors.threads)
-            self._model = parts.make_sampling_model(config)
+            self._model = parts.make_sampling_model(config, gpus=config.actors.gpus)
         except Exception as error:  # raised here it would look like a death, after which another actor is tried
             self._unable = error
 
@@ -132,7 +140,7 @@ class SamplerWorker:
             SCHEMA,
             table=TABLE,
             name=parts.writer_name(self._index, self._incarnation),
-            in_flight=2,
+            in_flight=1,  # so that while one waits for room, all before it are stored
             connect=partial(flight_client, security=self._security),
         )
         self._first_step_at: float | None = None
@@ -166,26 +174,34 @@ class SamplerWorker:
                 self._rollout.set_weights(*fresh)
             if self._rollout.step() and self._first_step_at is None:
                 self._first_step_at = time.time()
-            self._outcomes.extend(self._rollout.take_outcomes())
+            outcomes = self._rollout.take_outcomes()
+            if any(outcome.fate == "kept" for outcome in outcomes):
+                self._writer.flush()  # what the head hears of is stored
+            self._outcomes.extend(outcomes)
         self._rollout.close()
 
     def _talk(self) -> None:
         """Hand outcomes in and fetch assignments ahead of need; a head that is away for a while is asked again."""
-        name = f"actor {self._index}"
-        unsent: list[Any] = []
         while not self._stopping.wait(DESK_S):
             ahead = self._config.actors.prompts_ahead
             want = max(0, self._wanted + ahead - len(self._assigned)) if self._fresh is not None else 0
-            while self._outcomes:
-                unsent.append(self._outcomes.popleft())
-            if not want and not unsent:
-                continue
-            try:
-                given = ray.get(self._head.exchange.remote(name, self._incarnation, want, unsent), timeout=30.0)
-            except (ray.exceptions.RayError, TimeoutError):
-                continue
-            unsent = []
-            self._assigned.extend(given)
+            self._exchange(want, timeout_s=30.0)
+
+    def _exchange(self, want: int, *, timeout_s: float) -> None:
+        while self._outcomes:
+            self._unsent.append(self._outcomes.popleft())
+        if not want and not self._unsent:
+            return
+        name = f"actor {self._index}"
+        answer = self._head.exchange.remote(name, self._incarnation, want, self._unsent)
+        try:
+            given = ray.get(answer, timeout=timeout_s)
+        except ray.exceptions.RayTaskError:  # an error of the head's
+            raise
+        except (ray.exceptions.RayError, TimeoutError):
+            return
+        self._unsent = []
+        self._assigned.extend(given)
 
     def _fetch(self) -> None:
         """Keep the newest weights at hand; a head that is away for a while is asked again."""
@@ -203,28 +219,49 @@ class SamplerWorker:
         """As `cluster.llm.parts.actor_status`, with completions for the report, and the error that ended the sampling, if one did."""
         status = parts.actor_status(self._rollout, self._writer.waiting_for)
         more = {"first_step_at": self._first_step_at, "examples": self._rollout.examples()}
-        return {**status, **more, **self._sampling.failure()}
+        failed = (thread.failure() for thread in (self._sampling, self._fetching, self._asking))
+        return {**status, **more, **next((found for found in failed if found), {})}
 
     def stop(self, timeout_s: float) -> None:
-        """Stop sampling; groups that are not whole are dropped."""
+        """Stop sampling, and tell the head of every group that is stored; others are dropped, as is one that finds no room."""
         self._stopping.set()
-        self._sampling.join(timeout_s)
+        began, blocked_s = time.monotonic(), 0.0
+        while not (has_ended := self._sampling.join(POLL_S)) and time.monotonic() - began < timeout_s:
+            blocked_s = blocked_s + POLL_S if self._writer.waiting_for else 0.0
+            if blocked_s > FULL_S:
+                break
+        if not has_ended:
+            self._outcomes.extend(_but_last_kept(self._rollout.take_outcomes()))
+        if self._asking.join(timeout_s):
+            self._exchange(0, timeout_s=timeout_s)
+
+
+def _but_last_kept(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Without the last group that was written: it may not be stored."""
+    kept = [number for number, outcome in enumerate(outcomes) if outcome.fate == "kept"]
+    return [outcome for number, outcome in enumerate(outcomes) if not kept or number != kept[-1]]
 
 
 @ray.remote
 class LlmLearnerWorker:
     """Updates the model; learner 0 publishes its weights, saves its state and tells of it."""
 
-    def __init__(self, config: LlmConfig, rank: int, head: Any, security: Security) -> None:
-        """rank: number of this learner among `learners.count`."""
+    def __init__(self, config: LlmConfig, rank: int, head: Any, reader: str, security: Security) -> None:
+        """
+        rank: number of this learner among `learners.count`.
+        reader: name under which it reads the queue.
+        """
         from learners.loop import set_threads
 
         self._config = config
         self._rank = rank
         self._head = head
+        self._reader = reader
         self._security = security
         self._stopping = threading.Event()
-        self._release = threading.Event()
+        self._holding = threading.Lock()  # over which hold it is
+        self._hold = 0
+        self._is_closed = False
         self._group: Group | None = None
         self._rendezvous: Rendezvous | None = None
         self._warned = Warned()
@@ -251,35 +288,38 @@ class LlmLearnerWorker:
         Returns what `process` does. addresses: of the shards. version: of the first weights published. rendezvous: of the group,
         where there are several learners.
         """
-        from learners.llm.rows import SCHEMA, TABLE
-        from replay.queue_sampler import queue_sampler
+        from learners.loop import set_threads
 
         if self._unable is not None:
             raise self._unable
         config, rank = self._config, self._rank
-        if checkpoint is None:  # the same examples in the same order on every learner of a group
-            parts.warm_start(config, self._model, lambda text: None)
+        # Once more: flushing denormals is a setting of the thread.
+        set_threads(config.learners.cpus, config.learners.threads)
+        device = parts.device_of(config.learners.device)
+        is_new = checkpoint is None and config.warm_start.steps > 0
+        if is_new and rank == 0:
+            self._head.tell.remote(f"learner: {config.warm_start.steps} steps of supervised training come first")
+            parts.warm_start(config, self._model, lambda text: self._head.tell.remote(text))
         if rendezvous is not None:
-            from learners.distributed import join
+            from learners.distributed import JOIN_S, join
 
-            device = parts.device_of(config.learners.device)
-            self._group = join(rank, config.learners.count, rendezvous, device, rendezvous=self._rendezvous)
+            # The others wait for learner 0 here while it warms up.
+            patience_s = WARM_START_S if is_new else JOIN_S
+            count = config.learners.count
+            self._group = join(rank, count, rendezvous, device, rendezvous=self._rendezvous, join_s=patience_s)
+            if is_new:
+                parts.share_weights(self._model, self._group)
         self._learner = parts.make_learner(config, self._model, group=self._group)
         if checkpoint is not None:
             parts.load_learner(Path(checkpoint), self._learner)
-        sampler = queue_sampler(
-            addresses,
-            SCHEMA,
-            table=TABLE,
-            groups=config.learners.batch_groups // config.learners.count,
-            prefetch=1,
-            connect=partial(flight_client, security=self._security),
+        self._sampler = parts.make_sampler(
+            config, addresses, name=self._reader, connect=partial(flight_client, security=self._security)
         )
-        self._sampler = sampler
+        self._first = version, self._learner.updates
         self._loop = parts.make_loop(
             config,
             self._learner,
-            sampler,
+            self._sampler,
             publish=self._publish if rank == 0 else None,
             version=version,
             group=self._group,
@@ -288,12 +328,14 @@ class LlmLearnerWorker:
         return process()
 
     def _publish(self, version: int, data: bytes) -> None:
-        ray.get(self._head.publish.remote(version, data))
+        first, before = self._first
+        # The weights may be older than the learner by now.
+        step = min(self._learner.updates, before + (version - first) * self._config.learners.publish_every)
+        ray.get(self._head.publish.remote(version, data, step))
 
     def _update(self) -> None:
         from learners.loop import set_threads
 
-        # Once more: flushing denormals is a setting of the thread.
         set_threads(self._config.learners.cpus, self._config.learners.threads)
         self._loop.run(self._stopping)
 
@@ -309,66 +351,76 @@ class LlmLearnerWorker:
                 failure = failure_of(error)
         return {**self._loop.stats(), "metrics": {}, "waiting_for": None, **told, **failure}
 
-    def save(self, path: str) -> int:
-        """Write the learner's state, and hold still until `release`. Returns the learner steps made.
+    def save(self, path: str, hold: int) -> int:
+        """Write the learner's state, and have all learners hold still until `release`. Returns the learner steps made.
 
-        Held still the learner consumes nothing, so that what the shards then save is exactly what it has not learnt from.
+        Held still they consume nothing, so that what the shards then save is exactly what was not learnt from. `hold` numbers the
+        calls from 1 on; it is for learner 0.
         """
-        saved: deque[int | BaseException] = deque()
-        done = threading.Event()
-        self._release.clear()
+        with self._holding:
+            if hold <= self._hold:
+                raise RuntimeError("the head has given this checkpoint up")
+            self._hold = hold
+        try:
+            state = self._loop.hold()
+            version = int(self._loop.stats()["version"])
+            return parts.save_learner(Path(path), self._learner, version=version, state=state)
+        except BaseException:
+            self._loop.release()
+            raise
 
-        def hold() -> None:
-            with self._loop.between_updates():
-                try:
-                    self._sampler.flush()
-                    saved.append(
-                        parts.save_learner(Path(path), self._learner, version=int(self._loop.stats()["version"]))
-                    )
-                except BaseException as error:
-                    saved.append(error)
-                done.set()
-                if isinstance(saved[0], int):
-                    self._release.wait(HOLD_S)
+    def release(self, hold: int) -> None:
+        """Go on after `save`, which must have returned or is given up; a second call does nothing.
 
-        threading.Thread(target=hold, name="hold", daemon=True).start()
-        done.wait()
-        if isinstance(saved[0], BaseException):
-            raise saved[0]
-        return saved[0]
-
-    def release(self) -> None:
-        """Go on after `save`."""
-        self._release.set()
+        Raises:
+            TimeoutError: the learners had already gone on.
+        """
+        with self._holding:
+            is_held, self._hold = self._hold == hold, max(self._hold, hold)
+            if is_held and not self._loop.release():
+                raise TimeoutError("the shards took so long to save that the learner went on meanwhile")
 
     def stop(self, timeout_s: float) -> None:
-        """Stop updating, publish the last weights, and give back the groups not used; a second call does nothing."""
-        if self._stopping.is_set():
-            return
+        """Stop updating, publish the last weights, and give back the groups not used.
+
+        Raises:
+            TimeoutError: a learner step takes longer than that; the loop ends after it.
+        """
         self._stopping.set()
-        self._updating.join(timeout_s)
-        if self._updating.error is None:
-            self._loop.publish()
-        self._sampler.close()
-        if self._group is not None:
-            self._group.close()
+        if not self._updating.join(timeout_s):
+            raise TimeoutError(f"a learner step takes longer than {timeout_s:g} s")
+        with self._holding:
+            if not self._is_closed:
+                self._is_closed = True
+                self._sampler.close()
+                if self._group is not None:
+                    self._group.close()
 
 
 @ray.remote
 class LlmEvaluatorWorker:
     """Evaluates policies on the held-out prompts."""
 
-    def __init__(self, config: LlmConfig) -> None:
+    def __init__(self, config: LlmConfig, gpus: float) -> None:
+        """gpus: that Ray has set aside for it."""
+        self._config = config
+        self._version = 0
+        self._unable: Exception | None = None
+        try:
+            self._evaluator = parts.make_evaluator(config, parts.make_sampling_model(config, gpus=gpus))
+        except Exception as error:  # raised here it would look like a death
+            self._unable = error
+
+    def evaluate(self, weights: bytes) -> dict[str, float]:
+        """As `actors.llm.evaluate.summary`."""
         import torch
 
-        torch.set_num_threads(config.actors.threads)
-        self._config = config
-        self._evaluator = parts.make_evaluator(config, parts.make_sampling_model(config))
-
-    def evaluate(self, version: int, weights: bytes) -> dict[str, float]:
-        """As `actors.llm.evaluate.summary`."""
         from actors.llm.evaluate import summary
 
+        if self._unable is not None:
+            raise self._unable
+        torch.set_num_threads(self._config.actors.threads)
+        self._version += 1
         settings = self._config.eval
-        found = self._evaluator.run(version, weights)
+        found = self._evaluator.run(self._version, weights)
         return summary(found, attempts=settings.attempts, families=settings.families)

@@ -36,8 +36,10 @@ class Thread:
         """{"error": …, "error_type": …} once the function has failed; else empty."""
         return {} if self.error is None else failure_of(self.error)
 
-    def join(self, timeout_s: float) -> None:
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the function to end; whether it has."""
         self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
 
 def process() -> dict[str, Any]:

@@ -13,15 +13,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.conflicts import service_conflicts
-from configs.schema import CommonSettings, Scalar, ServiceSettings
+from configs.policy_gradient import PolicyGradientSettings
+from configs.schema import CommonSettings, LearnerProcessSettings, Scalar, ServiceSettings
 from configs.settings import CLASS, Settings, setting
 
-Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Family = Annotated[str, Field(min_length=1)]
 Attempts = Annotated[int, Field(ge=1, le=1_000_000)]
-
-ADVANTAGES = ("grpo", "dr_grpo", "rloo", "whiten", "sign")
-LOSSES = ("clip", "reinforce", "truncated", "gspo", "cispo", "decoupled", "nft")
 
 
 def pass_counts(low: float, high: float, size: int) -> tuple[int, int]:
@@ -257,169 +254,7 @@ class QueueSettings(ServiceSettings):
     capacity_mb: int = setting(256, "Memory of the groups, over all shards.", unit="MB", ge=1, le=10**8)
 
 
-class KlSettings(Settings):
-    """Divergence from the frozen model that reinforcement began with."""
-
-    coefficient: float = setting(
-        0.0, "Weight of the divergence in the loss; 0 keeps no reference model.", unit="weight", ge=0.0, le=1e6
-    )
-    estimator: Literal["k1", "k2", "k3"] = setting(
-        "k3", "Estimator at the sampled tokens (Schulman 2020); k3 is never negative.", unit="choice"
-    )
-
-
-class EntropySettings(Settings):
-    """Against the collapse of entropy (Cui et al. 2025, arXiv 2505.22617): tokens whose log-probability and advantage covary most."""
-
-    kind: Literal["none", "clip_cov", "kl_cov"] = setting(
-        "none",
-        "clip_cov takes some of those tokens out of the loss, kl_cov adds a divergence from the behaviour policy to theirs.",
-        unit="choice",
-    )
-    fraction: float = setting(
-        2e-4,
-        "Such tokens among all tokens of a batch, as a fraction: 0.0002 is 0.02 %.",
-        unit="fraction",
-        gt=0.0,
-        lt=1.0,
-    )
-    low: float = setting(
-        1.0, "Lowest covariance of a token that clip_cov may take out.", unit="covariance", ge=-1e6, le=1e6
-    )
-    high: float = setting(
-        5.0, "Highest covariance of a token that clip_cov may take out.", unit="covariance", ge=-1e6, le=1e6
-    )
-    coefficient: float = setting(1.0, "Weight of the divergence of kl_cov.", unit="weight", ge=0.0, le=1e6)
-
-
-class OverlongSettings(Settings):
-    """Completions that reach the most tokens allowed (Yu et al. 2025, DAPO, arXiv 2503.14476 §3.4)."""
-
-    kind: Literal["none", "shape", "mask"] = setting(
-        "none",
-        "shape lowers the reward over the last `buffer` tokens before the limit, by up to `factor`; mask leaves cut-off "
-        "completions out of the loss.",
-        unit="choice",
-    )
-    buffer: int = setting(4, "Tokens before the limit over which the reward falls.", unit="tokens", ge=1, le=1_048_576)
-    factor: float = setting(1.0, "Reward lost at the limit.", unit="reward", ge=0.0, le=1e6)
-
-
-class HintSettings(Settings):
-    """Prompts that no completion passed are sampled again with the beginning of their solution (GHPO, arXiv 2507.10628)."""
-
-    shares: tuple[Share, ...] = setting(
-        (), "Shares of the solution given, one after another; empty gives no hints.", unit="share", max_length=16
-    )
-    after: int = setting(0, "Learner steps before the first hint.", unit="learner steps", ge=0, le=10**9)
-
-
-class TeacherSettings(Settings):
-    """Reverse divergence to a teacher on the student's own completions (KDRL, arXiv 2506.02208)."""
-
-    path: str | None = setting(
-        None,
-        "Folder of the teacher, a Hugging Face model with the same tokenizer; None has none.",
-        unit="path",
-        min_length=1,
-    )
-    coefficient: float = setting(5e-3, "Weight of the divergence in the loss.", unit="weight", ge=0.0, le=1e6)
-    only_failed: bool = setting(False, "Leave completions that passed out of it.", unit="switch")
-
-
-class StepCreditSettings(Settings):
-    """Credit for the steps of a completion where the verifier scores them: min-form (PURE, arXiv 2504.15275)."""
-
-    coefficient: float = setting(
-        0.0, "Weight of the step advantage beside that of the outcome; 0 leaves it out.", unit="weight", ge=0.0, le=1e6
-    )
-    temperature: float = setting(
-        0.1, "Temperature of the soft minimum over a completion's steps.", unit="reward", gt=0.0, le=1e6
-    )
-
-
-class SubsampleSettings(Settings):
-    """Learning from part of what was sampled (D³S, arXiv 2509.22115)."""
-
-    rollouts: int | None = setting(
-        None,
-        "Completions of each group that are learnt from, those that vary most in advantage; None takes all.",
-        unit="completions",
-        ge=2,
-        le=4096,
-    )
-    tokens: float = setting(
-        1.0,
-        "Fraction of the tokens learnt from, those with the largest |advantage| · entropy.",
-        unit="fraction",
-        gt=0.0,
-        le=1.0,
-    )
-
-
-class PolicyGradientSettings(Settings):
-    """The advantage, the loss and what is added to it; extensions are off unless set."""
-
-    advantage: str = setting(
-        "grpo",
-        "Of a completion within its group: grpo (reward − mean) / standard deviation; dr_grpo reward − mean; rloo reward − mean "
-        "of the others; whiten reward − mean, divided by the deviation over the batch; sign ± without a baseline (PSR, NSR).",
-        unit="name",
-        pattern=rf"^({'|'.join(ADVANTAGES)}|{CLASS})$",
-        allowed=f"{', '.join(ADVANTAGES)} or package.module:function",
-        names=ADVANTAGES,
-    )
-    positive_weight: float = setting(
-        0.1, "Weight of passed completions under the advantage sign, lambda.", unit="weight", ge=0.0, le=1e6
-    )
-    negative_weight: float = setting(
-        1.0, "Weight of failed completions under the advantage sign.", unit="weight", ge=0.0, le=1e6
-    )
-    loss: str = setting(
-        "clip",
-        "clip is PPO's surrogate against the behaviour policy; reinforce has no correction; truncated weighs it by "
-        "min(ratio, weight_cap); gspo clips the ratio of the whole completion; cispo clips the weight and keeps every gradient; "
-        "decoupled clips against the learner's policy at the start of the step; nft is negative-aware fine-tuning.",
-        unit="name",
-        pattern=rf"^({'|'.join(LOSSES)}|{CLASS})$",
-        allowed=f"{', '.join(LOSSES)} or package.module:function",
-        names=LOSSES,
-    )
-    clip_low: float = setting(0.2, "The ratio is clipped below at 1 − this.", unit="ratio", ge=0.0, le=1.0)
-    clip_high: float = setting(0.28, "The ratio is clipped above at 1 + this.", unit="ratio", ge=0.0, le=1e6)
-    dual_clip: float | None = setting(
-        None, "Largest ratio that a negative advantage is weighed with; None has none.", unit="ratio", gt=1.0, le=1e6
-    )
-    weight_cap: float = setting(
-        2.0, "Cap C of the importance weight of truncated and decoupled.", unit="weight", gt=0.0, le=1e6
-    )
-    correction_cap: float | None = setting(
-        None,
-        "Weigh every token's loss by min(learner's / actor's probability at the same policy, this), for where actors sample "
-        "with other kernels or types (truncated importance sampling); costs a forward pass; None leaves it out.",
-        unit="weight",
-        gt=0.0,
-        le=1e6,
-    )
-    mean: Literal["token", "sequence", "constant"] = setting(
-        "token",
-        "Loss over the tokens of all completions of the batch alike; mean over each completion first; or their sum divided by "
-        "sampling.max_tokens (Dr. GRPO).",
-        unit="choice",
-    )
-    negative_floor: float = setting(
-        1.0, "Lowest implicit ratio of a failed completion under the loss nft.", unit="ratio", gt=0.0, le=1e6
-    )
-    kl: KlSettings = KlSettings()
-    entropy: EntropySettings = EntropySettings()
-    overlong: OverlongSettings = OverlongSettings()
-    hints: HintSettings = HintSettings()
-    teacher: TeacherSettings = TeacherSettings()
-    steps: StepCreditSettings = StepCreditSettings()
-    subsample: SubsampleSettings = SubsampleSettings()
-
-
-class LlmLearnersSettings(Settings):
+class LlmLearnersSettings(LearnerProcessSettings):
     """The processes that take batches of groups, update the model and publish its weights."""
 
     count: int = setting(
@@ -438,24 +273,6 @@ class LlmLearnersSettings(Settings):
     )
     publish_every: int = setting(
         1, "Learner steps between two publications of weights.", unit="learner steps", ge=1, le=10**6
-    )
-    device: str = setting(
-        "auto",
-        "Torch device of the learners; auto takes CUDA where each can have a GPU of its own.",
-        unit="device",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        allowed="auto, cpu, cuda or cuda:<index>",
-    )
-    threads: int = setting(
-        0, "Torch threads of each learner; 0 takes as many as Ray gave it CPUs.", unit="threads", ge=0, le=1024
-    )
-    cpus: float = setting(1.0, "CPUs that Ray sets aside for each learner.", unit="CPUs", ge=0.0, le=1024.0)
-    gpus: float | None = setting(
-        None,
-        "GPUs that Ray sets aside for each learner; None takes one where the cluster has one for each and device is not cpu.",
-        unit="GPUs",
-        ge=0.0,
-        le=64.0,
     )
     precision: Literal["float32", "bfloat16"] = setting(
         "float32", "Arithmetic of forward and backward passes; weights and optimiser stay float32.", unit="choice"
@@ -575,28 +392,7 @@ def conflicts(config: LlmConfig) -> Iterator[str]:
             f"curriculum.filter band keeps no group: with sampling.group_size {sampling.group_size} no pass rate lies within "
             f"{curriculum.low:g} and {curriculum.high:g}; widen the band"
         )
-    needs_group = algorithm.advantage in ("grpo", "dr_grpo", "rloo", "whiten") or algorithm.loss == "nft"
-    if sampling.group_size == 1 and needs_group:
-        yield f"sampling.group_size 1 has nothing to compare with: algorithm.advantage {algorithm.advantage} needs at least 2"
-    if algorithm.loss == "nft" and (algorithm.steps.coefficient or algorithm.overlong.kind == "shape"):
-        yield (
-            "algorithm.loss nft learns from passes alone: algorithm.steps.coefficient and algorithm.overlong.kind shape would do "
-            "nothing; leave them out"
-        )
-    if algorithm.subsample.rollouts is not None and algorithm.subsample.rollouts > sampling.group_size:
-        yield (
-            f"algorithm.subsample.rollouts ({algorithm.subsample.rollouts}) must not exceed sampling.group_size "
-            f"({sampling.group_size})"
-        )
-    if algorithm.overlong.kind == "shape" and algorithm.overlong.buffer > sampling.max_tokens:
-        yield (
-            f"algorithm.overlong.buffer ({algorithm.overlong.buffer}) must not exceed sampling.max_tokens "
-            f"({sampling.max_tokens})"
-        )
-    if algorithm.entropy.low > algorithm.entropy.high:
-        yield f"algorithm.entropy.low ({algorithm.entropy.low:g}) must not exceed algorithm.entropy.high ({algorithm.entropy.high:g})"
-    if list(algorithm.hints.shares) != sorted(set(algorithm.hints.shares)):
-        yield f"algorithm.hints.shares must rise from one to the next, received {' '.join(map(str, algorithm.hints.shares))}"
+    yield from algorithm.conflicts(group_size=sampling.group_size, max_tokens=sampling.max_tokens)
     if learners.batch_groups % learners.count:
         yield (
             f"learners.batch_groups ({learners.batch_groups}) must be a multiple of learners.count ({learners.count}): each "

@@ -23,6 +23,7 @@ __all__ = [
     "CommonSettings",
     "EnvSettings",
     "EvalSettings",
+    "LearnerProcessSettings",
     "LearnersSettings",
     "PriorSettings",
     "RaySettings",
@@ -189,20 +190,9 @@ class PriorSettings(Settings):
     share: float = setting(0.5, "Share of each batch that comes from the dataset.", unit="share", gt=0.0, lt=1.0)
 
 
-class LearnersSettings(Settings):
-    """The processes that draw windows, update the networks and publish weights."""
+class LearnerProcessSettings(Settings):
+    """What each learner process is given."""
 
-    count: int = setting(
-        1, "Learner processes, data parallel: each takes an equal part of every batch.", unit="processes", ge=1, le=1024
-    )
-    batch_size: int = setting(256, "Windows in one update, over all learners.", unit="windows", ge=1, le=1_048_576)
-    updates_per_call: int = setting(
-        1, "Updates made at once on windows drawn together.", unit="updates", ge=1, le=10_000
-    )
-    updates_per_step: float = setting(
-        1.0, "Update-to-data ratio: updates per environment step.", unit="updates per step", gt=0.0, le=1000.0
-    )
-    publish_every: int = setting(20, "Updates between two publications of weights.", unit="updates", ge=1, le=1_000_000)
     device: str = setting(
         "auto",
         "Torch device of the learners; auto takes CUDA where each can have a GPU of its own.",
@@ -221,6 +211,22 @@ class LearnersSettings(Settings):
         ge=0.0,
         le=64.0,
     )
+
+
+class LearnersSettings(LearnerProcessSettings):
+    """The processes that draw windows, update the networks and publish weights."""
+
+    count: int = setting(
+        1, "Learner processes, data parallel: each takes an equal part of every batch.", unit="processes", ge=1, le=1024
+    )
+    batch_size: int = setting(256, "Windows in one update, over all learners.", unit="windows", ge=1, le=1_048_576)
+    updates_per_call: int = setting(
+        1, "Updates made at once on windows drawn together.", unit="updates", ge=1, le=10_000
+    )
+    updates_per_step: float = setting(
+        1.0, "Update-to-data ratio: updates per environment step.", unit="updates per step", gt=0.0, le=1000.0
+    )
+    publish_every: int = setting(20, "Updates between two publications of weights.", unit="updates", ge=1, le=1_000_000)
     compile: bool = setting(
         False, "Compile the update with torch.compile; without a compiler it runs eagerly and says so.", unit="switch"
     )

@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 
@@ -27,26 +28,14 @@ def load_class(path: str, what: str, *, base: type | None = None, methods: Seque
     Raises:
         ModuleError: there is no such class, or it is another kind of class; the message says which, and what to do.
     """
-    name, colon, attribute = path.partition(":")
-    if not colon or not attribute.isidentifier() or not all(part.isidentifier() for part in name.split(".")):
-        raise ModuleError(f"{what} {path!r}: expected package.module:Class")
-    folder = os.getcwd()
-    if folder not in sys.path and "" not in sys.path:
-        sys.path.append(folder)
-    try:
-        module = importlib.import_module(name)
-    except Exception as error:  # importing runs the user's code: anything may come
-        raise ModuleError(
-            f"{what} {path!r}: importing the module {name!r} raised {type(error).__name__}: {error}; install it, or start "
-            f"from the folder that holds it (now {folder})"
-        ) from error
+    module, attribute = _module(path, what, "Class")
     found = getattr(module, attribute, None)
     if not isinstance(found, type):
         classes = [n for n in dir(module) if isinstance(getattr(module, n), type)]
         near = difflib.get_close_matches(attribute, classes, n=3)
         held = "has no class" if found is None else f"holds {type(found).__name__}, expected a class, in"
         raise ModuleError(
-            f"{what} {path!r}: the module {name!r} ({getattr(module, '__file__', 'built in')}) {held} {attribute!r}"
+            f"{what} {path!r}: the module {module.__name__!r} ({getattr(module, '__file__', 'built in')}) {held} {attribute!r}"
             + (f"; nearest: {', '.join(near)}" if near else "")
         )
     if base is not None and not issubclass(found, base):
@@ -73,9 +62,25 @@ def load_function(path: str, what: str, arguments: tuple[str, ...]) -> Callable[
     Raises:
         ModuleError: there is no such function, or it cannot be called with as many arguments.
     """
+    module, attribute = _module(path, what, "function")
+    found: Callable[..., Any] | None = getattr(module, attribute, None)
+    if not callable(found):
+        held = "has nothing named" if found is None else f"holds {type(found).__name__}, expected a function, in"
+        raise ModuleError(f"{what} {path!r}: the module {module.__name__!r} {held} {attribute!r}")
+    try:
+        inspect.signature(found).bind(*arguments)
+    except TypeError as error:
+        raise ModuleError(f"{what} {path!r}: expected a function of ({', '.join(arguments)}): {error}") from error
+    except ValueError:  # of a function written in C: calling it will tell
+        pass
+    return found
+
+
+def _module(path: str, what: str, kind: str) -> tuple[ModuleType, str]:
+    """The module of `path`, "package.module:name", imported, and the name."""
     name, colon, attribute = path.partition(":")
     if not colon or not attribute.isidentifier() or not all(part.isidentifier() for part in name.split(".")):
-        raise ModuleError(f"{what} {path!r}: expected package.module:function")
+        raise ModuleError(f"{what} {path!r}: expected package.module:{kind}")
     folder = os.getcwd()
     if folder not in sys.path and "" not in sys.path:
         sys.path.append(folder)
@@ -86,14 +91,4 @@ def load_function(path: str, what: str, arguments: tuple[str, ...]) -> Callable[
             f"{what} {path!r}: importing the module {name!r} raised {type(error).__name__}: {error}; install it, or start "
             f"from the folder that holds it (now {folder})"
         ) from error
-    found: Callable[..., Any] | None = getattr(module, attribute, None)
-    if not callable(found):
-        held = "has nothing named" if found is None else f"holds {type(found).__name__}, expected a function, in"
-        raise ModuleError(f"{what} {path!r}: the module {name!r} {held} {attribute!r}")
-    try:
-        inspect.signature(found).bind(*arguments)
-    except TypeError as error:
-        raise ModuleError(f"{what} {path!r}: expected a function of ({', '.join(arguments)}): {error}") from error
-    except ValueError:  # of a function written in C: calling it will tell
-        pass
-    return found
+    return module, attribute

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,12 @@ class QueueSpec:
     def message_bytes(self) -> int:
         """The largest message taken, in bytes of its record."""
         return self.max_message_bytes or min(16 << 20, self.capacity_bytes // 4)
+
+    @cached_property
+    def required(self) -> list[str]:
+        """Columns in which no value may be missing."""
+        always = {GROUP, POLICY_VERSION} | ({GROUP_SIZE} if self.group_size is None else set())
+        return [field.name for field in self.schema if field.name in always or not field.nullable]
 
     def check_batch(self, *, groups: int | None, rows: int | None) -> None:
         """Refuse a batch that could never be filled.
@@ -169,25 +176,25 @@ def parts_of(batch: pa.RecordBatch, spec: QueueSpec) -> list[Part]:
         raise SchemaError(f"rows for queue {spec.name!r} are damaged: {error}") from None
     if not 1 <= batch.num_rows <= MAX_ROWS:
         raise SchemaError(f"expected 1 to {MAX_ROWS} rows in a message, received {batch.num_rows}")
-    always = {GROUP, POLICY_VERSION} | ({GROUP_SIZE} if spec.group_size is None else set())
-    for name in (f.name for f in spec.schema if f.name in always or not f.nullable):
-        if batch.column(name).null_count:
-            raise SchemaError(f"column {name!r} has {batch.column(name).null_count} empty values; expected none")
-    versions = batch.column(POLICY_VERSION).to_numpy()
+    columns = dict(zip(spec.schema.names, batch.columns, strict=True))
+    for name in spec.required:
+        if columns[name].null_count:
+            raise SchemaError(f"column {name!r} has {columns[name].null_count} empty values; expected none")
+    versions = columns[POLICY_VERSION].to_numpy()
     places: dict[int | str, list[int]] = {}
-    for row, key in enumerate(batch.column(GROUP).to_pylist()):
+    for row, key in enumerate(columns[GROUP].to_pylist()):
         places.setdefault(key, []).append(row)
-    sizes = None if spec.group_size is not None else batch.column(GROUP_SIZE).to_numpy()
+    sizes = None if spec.group_size is not None else columns[GROUP_SIZE].to_numpy()
     parts = []
     for key, found in places.items():
         rows = np.array(found)
         size = spec.group_size
         if sizes is not None:
-            said = np.unique(sizes[rows])
-            size = int(said[0])
+            said = set(sizes[rows].tolist())
+            size = min(said)
             if len(said) > 1 or size < 1:
                 raise SchemaError(
-                    f"the rows of group {key!r} have the group_size {said.tolist()}; expected one, above 0"
+                    f"the rows of group {key!r} have the group_size {sorted(said)}; expected one, above 0"
                 )
         assert size is not None
         parts.append(Part(key, size, rows, int(versions[rows].min())))

@@ -130,7 +130,7 @@ class Queue:
         payload = batch.serialize()
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            size = 0
+            size, waited = 0, False
             with self._clock.state("waiting_for_samples"):
                 while True:
                     self._end_leases()
@@ -148,8 +148,11 @@ class Queue:
                     if not self._wait(f"writer {writer} waits for {why}", deadline):
                         self._writers[writer].why = why
                         return False
+                    waited = True
             with self._clock.state("inserting"):
-                self._state.insert(self._state.message_meta(writer, sequence, batch.num_rows, parts), payload)
+                if waited:  # others have written, and time has passed
+                    meta = self._state.message_meta(writer, sequence, batch.num_rows, parts)
+                self._state.insert(meta, payload)
                 self._changed.notify_all()
         return True
 

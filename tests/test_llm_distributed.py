@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from configs.llm import LlmLearnersSettings, PolicyGradientSettings, SamplingSettings
+from configs.llm import LlmLearnersSettings, SamplingSettings
+from configs.policy_gradient import PolicyGradientSettings
 from learners.distributed import Group
 from learners.llm.learner import PolicyGradient
 from learners.llm.loop import LlmLoop

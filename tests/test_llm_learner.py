@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 from torch import Tensor
 
-from configs.llm import LlmConfig, LlmLearnersSettings, ModelSettings, PolicyGradientSettings, SamplingSettings
+from configs.llm import LlmConfig, LlmLearnersSettings, ModelSettings, SamplingSettings
+from configs.policy_gradient import PolicyGradientSettings
 from learners.llm.advantages import make_advantage, pass_rate
 from learners.llm.batching import buckets, micro_batch, rollouts
 from learners.llm.divergences import reference_term

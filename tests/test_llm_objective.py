@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from configs.llm import EntropySettings, KlSettings, PolicyGradientSettings, TeacherSettings
+from configs.policy_gradient import EntropySettings, KlSettings, PolicyGradientSettings, TeacherSettings
 from learners.classes import ModuleError
 from learners.llm import advantages, divergences, entropy_control, losses, shaping, step_credit, subsample
 from learners.llm.aggregation import Mean, token_total, token_weights

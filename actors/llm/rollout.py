@@ -46,7 +46,8 @@ class Example:
 
     family: str
     prompt: str
-    completion: str
+    hint: str  # the beginning of the answer, where it was given
+    completion: str  # what was sampled
     reward: float
     passed: bool
     reason: str
@@ -329,7 +330,8 @@ class GroupRollout:
     def _example(self, group: _Group, one: Completion) -> Example:
         return Example(
             one.family,
-            group.assignment.task.prompt + _hint(group.assignment),
+            group.assignment.task.prompt,
+            _hint(group.assignment),
             self._tokenizer.decode(one.tokens.tolist()),
             one.reward,
             one.passed,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from actors.llm.evaluate import summary
 from cluster.checkpoint import Checkpoint, Checkpoints
+from cluster.files import without_nonfinite
 from cluster.llm import parts
 from cluster.llm.audits import AUDIT_FIGURES, AUDITED, audit_of, audit_text
 from cluster.recorder import POLICY
@@ -22,6 +23,11 @@ def evaluate(folder: RunFolder[LlmConfig], chosen: argparse.Namespace) -> int:
         raise ValueError("--video draws environments; a language model has none")
     config = folder.config
     checkpoint = _checkpoint(folder, chosen.checkpoint)
+    if chosen.episodes is not None and chosen.episodes > config.eval.prompts:
+        raise ValueError(
+            f"--episodes: expected at most {config.eval.prompts} (eval.prompts), received {chosen.episodes}; the run may have been "
+            "trained on the prompts beyond those that it held out"
+        )
     changes = {
         name: value for name, value in (("prompts", chosen.episodes), ("seed", chosen.seed)) if value is not None
     }
@@ -33,12 +39,20 @@ def evaluate(folder: RunFolder[LlmConfig], chosen: argparse.Namespace) -> int:
         evaluator.close()
     found = summary(passes, attempts=config.eval.attempts, families=config.eval.families)
     if chosen.json:
-        print(json.dumps({**found, "checkpoint": str(checkpoint.path), "seed": config.eval.seed}))
+        found_json = {**found, "checkpoint": str(checkpoint.path), "seed": config.eval.seed}
+        print(json.dumps(without_nonfinite(found_json)))
         return 0
-    print(f"{checkpoint.path}: {found['prompts']:.0f} held-out prompts, {config.eval.samples} completions of each")
-    for family in ("", *(f"{name}/" for name in dict.fromkeys(passes.families))):
-        figures = [f"pass@{k} {found[f'{family}pass_at_{k}']:.3f}" for k in config.eval.attempts]
-        print(f"  {family.rstrip('/') or 'all'}: {', '.join(figures)}, greedy {found[f'{family}greedy']:.3f}")
+    print(f"{checkpoint.path}: {len(passes.families)} held-out prompts, {config.eval.samples} completions of each")
+    for name, count in (
+        ("completions that nobody could judge", passes.unscored),
+        ("prompts that failed", passes.failed),
+    ):
+        if count:
+            print(f"  left out: {count} {name}")
+    whole = ", ".join(config.eval.families) or "all"
+    for prefix, family in (("", whole), *((f"{name}/", name) for name in sorted(set(passes.families)))):
+        figures = [f"pass@{k} {found[f'{prefix}pass_at_{k}']:.3f}" for k in config.eval.attempts]
+        print(f"  {family}: {', '.join(figures)}, greedy {found[f'{prefix}greedy']:.3f}")
     return 0
 
 

@@ -179,7 +179,12 @@ class LlmHead(Books):
         """As `Books.evaluated`; the first of a run is kept to be compared with the last."""
         if not self.first:
             self.first = dict(evaluation.figures)
-        return super().evaluated(evaluation)
+        before = self.best
+        is_best = super().evaluated(evaluation)
+        if math.isfinite(evaluation.score):
+            return is_best
+        self.best = before  # of no prompt could a completion be judged: that is no comparison
+        return False
 
     def evaluation_due(self) -> bool:
         """As `Books.evaluation_due`; the first is due as soon as there are weights, before anything is learnt by reward."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ from learners.llm.rows import SCHEMA, TABLE
 from replay.queue_spec import QueueSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from actors.llm.engine import Engine
     from actors.llm.evaluate import Evaluator
     from actors.llm.rollout import GroupRollout, GroupWriter
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from learners.llm.loop import LlmLoop
     from learners.llm.models import Model
     from replay.queue_sampler import QueueSampler
+    from replay.queue_writers import Connect
     from replay.queues import Queue
 
 FIRST_VERSION = 1  # 0 stands for no weights yet
@@ -57,7 +60,13 @@ def check(config: LlmConfig) -> list[str]:
     if folder is not None and folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ValueError(f"model.path: {folder} holds no *.safetensors")
     if config.mode == "sync":
-        _check_device(config.learners.device)
+        _check_device("learners.device", config.learners.device)
+        _check_device("actors.device", config.actors.device)
+    elif config.actors.device.startswith("cuda") and not config.actors.gpus:
+        raise ValueError(
+            f"actors.gpus: expected a share of a GPU for each actor, as actors.device is {config.actors.device}, received 0: Ray "
+            "hides every GPU then; set actors.gpus, or actors.device to cpu"
+        )
     train, held_out = tasks_of(config)
     lines = [
         f"{len(train)} prompts to train on and {len(held_out)} held out, of the families {', '.join(train.families)}",
@@ -76,14 +85,12 @@ def _is_there(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def _check_device(device: str) -> None:
+def _check_device(setting: str, device: str) -> None:
     if device.startswith("cuda"):
         import torch
 
         if not torch.cuda.is_available():
-            raise ValueError(
-                f"learners.device: expected a device that torch finds here, received {device}; set it to cpu"
-            )
+            raise ValueError(f"{setting}: expected a device that torch finds here, received {device}; set it to cpu")
 
 
 @lru_cache(maxsize=2)
@@ -150,10 +157,13 @@ def make_model(config: LlmConfig, *, device: str, precision: str = "float32") ->
     return make_model(config.model, seed=seed_of(config, "model"), device=device_of(device), dtype=dtype)
 
 
-def make_sampling_model(config: LlmConfig) -> Model:
-    """The model that actors sample with: without low-rank additions, which its weights come merged with."""
+def make_sampling_model(config: LlmConfig, *, gpus: float | None = None) -> Model:
+    """The model that actors sample with: without low-rank additions, which its weights come merged with.
+
+    gpus: that Ray has set aside for the process; None without Ray.
+    """
     plain = config.model_copy(update={"model": config.model.model_copy(update={"lora_rank": None})})
-    return make_model(plain, device=config.actors.device, precision=config.actors.precision)
+    return make_model(plain, device="cpu" if gpus == 0.0 else config.actors.device, precision=config.actors.precision)
 
 
 def make_engine(config: LlmConfig, model: Model, *, slots: int) -> Engine:
@@ -193,7 +203,8 @@ def make_rollout(
         slots=config.actors.slots,
         prompts_ahead=config.actors.prompts_ahead,
         seed=config.seed,
-        hold_back=config.actors.hold_back,
+        # Under Ray the head holds them back: an actor does not see every version.
+        hold_back=config.actors.hold_back if config.mode == "sync" else 0,
         lock_step=config.mode == "sync",
     )
 
@@ -248,6 +259,38 @@ def examples(config: LlmConfig) -> Iterator[tuple[str, str]]:
             yield task.prompt, task.solution
 
 
+def share_weights(model: Model, group: Group) -> None:
+    """Make the weights of all learners those of learner 0; all of them call it."""
+    import torch
+
+    own = dict(model.network.named_parameters())
+    with torch.no_grad():
+        for name, tensor in group.broadcast({name: p.detach() for name, p in own.items()}).items():
+            own[name].copy_(tensor)
+
+
+def make_sampler(config: LlmConfig, addresses: Sequence[str], *, name: str, connect: Connect) -> QueueSampler:
+    """A learner's batches, of its part of the groups, from all shards; `name` tells the learner from every other one alive."""
+    from replay.queue_readers import QueueReader
+    from replay.queue_sampler import QueueSampler
+
+    groups, count = config.learners.batch_groups // config.learners.count, len(addresses)
+    readers = [
+        QueueReader(
+            address,
+            SCHEMA,
+            table=TABLE,
+            groups=-(-groups // count),
+            partial=count > 1,
+            prefetch=1,
+            name=name,
+            connect=connect,
+        )
+        for address in addresses
+    ]
+    return QueueSampler(readers, groups=groups)
+
+
 def make_loop(
     config: LlmConfig,
     learner: PolicyGradient,
@@ -261,23 +304,30 @@ def make_loop(
     from learners.llm.loop import LlmLoop
 
     return LlmLoop(
-        learner, sampler, publish=publish, publish_every=config.learners.publish_every, version=version, group=group
+        learner,
+        sampler,
+        publish=publish,
+        publish_every=config.learners.publish_every,
+        version=version,
+        most_updates=config.stop.updates,
+        group=group,
     )
 
 
-def save_learner(path: Path, learner: PolicyGradient, *, version: int) -> int:
-    """Write everything the learner needs to go on. Returns the learner steps made.
+def save_learner(
+    path: Path, learner: PolicyGradient, *, version: int, state: Mapping[str, Tensor] | None = None
+) -> int:
+    """Write everything the learner needs to go on: its `state`, None for that of this moment. Returns the learner steps made.
 
     Raises:
         FloatingPointError: a loss or a parameter is not finite; nothing is written.
     """
     learner.check_finite()
-    state = {
-        name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
-        for name, tensor in learner.state().items()
-    }
-    save_tensors(path, state, {"updates": learner.updates, "version": version})
-    return learner.updates
+    found = learner.state() if state is None else state
+    arrays = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in found.items()}
+    updates = int(found["updates"])
+    save_tensors(path, arrays, {"updates": updates, "version": version})
+    return updates
 
 
 def load_learner(path: Path, learner: PolicyGradient) -> int:
@@ -307,6 +357,11 @@ def restore_shard(queue: Queue, replay: Path, *, index: int, count: int) -> None
 
     if files := queue_files(replay, TABLE):
         restore_queue(queue, files, index=index, count=count)
+
+
+def reader_name(rank: int, incarnation: int) -> str:
+    """Name under which a learner reads; the one that replaces it has another."""
+    return f"learner-{rank}-{incarnation}"
 
 
 def writer_name(index: int, incarnation: int) -> str:

@@ -43,7 +43,7 @@ _STATES: States = {
         "other",
         (
             ("decode_s", "decoding", "blue"),
-            ("verify_s", "handing to verifiers", "green"),
+            ("verify_s", "handing to verifiers, taking verdicts", "green"),
             ("write_s", "writing groups, held back by the queue included", "orange"),
             ("idle_s", "nothing to decode", "purple"),
         ),
@@ -245,7 +245,7 @@ def _curriculum_charts(curves: Curves) -> Iterator[Chart]:
         families = _families(curves, "family/", suffix)
         if len(families) <= len(_COLOURS):
             names = {f: (f"family/{f}{suffix}", colour) for f, colour in zip(families, _COLOURS, strict=False)}
-            yield from together(curves, title, unit, names)
+            yield from together(curves, title, unit, names, from_zero=True)
     share = {"from_zero": True, "scale": 100.0}
     yield from over_time(curves, "Groups kept by the filter", "% of the groups so far", "kept_share", **share)
     yield from together(
@@ -258,6 +258,7 @@ def _curriculum_charts(curves: Curves) -> Iterator[Chart]:
             "too easy": ("waste/too_easy", "green"),
             "too old": ("waste/stale", "purple"),
         },
+        from_zero=True,
     )
 
 
@@ -278,9 +279,11 @@ def _policy_charts(curves: Curves) -> Iterator[Chart]:
 
 def _staleness_charts(curves: Curves) -> Iterator[Chart]:
     names = {"mean": ("staleness/mean", "blue"), "oldest": ("staleness/max", "orange")}
-    yield from together(curves, "Age of tokens at their update", "versions behind the learner", names)
+    yield from together(curves, "Age of tokens at their update", "versions behind the learner", names, from_zero=True)
     names = {"mean": ("gap/mean", "blue"), "largest": ("gap/max", "orange")}
-    yield from together(curves, "Log-probabilities: actor against learner, same weights", "|difference|, nats", names)
+    yield from together(
+        curves, "Log-probabilities: actor against learner, same weights", "|difference|, nats", names, from_zero=True
+    )
 
 
 def _lags(curves: Curves) -> str:
@@ -293,20 +296,21 @@ def _lags(curves: Curves) -> str:
         return ""
     rows = "".join(
         f"<tr><td>{lag}{' or more' if lag == _OLDEST else ''}</td>"
-        f'<td class="number">{100 * count / whole:.1f} %</td></tr>'
+        f'<td class="number">{100 * count / whole:.1f} %</td>'
+        f'<td style="width:50%"><div class="part" style="width:{100 * count / whole:.2f}%"></div></td></tr>'
         for lag, count in counts.items()
         if count
     )
     return (
-        '<table class="times"><thead><tr><th>versions behind the learner</th><th class="number">share of the tokens learnt from'
-        f"</th></tr></thead><tbody>{rows}</tbody></table>"
+        '<table class="times"><thead><tr><th>versions behind</th><th class="number">share of the tokens learnt from'
+        f"</th><th></th></tr></thead><tbody>{rows}</tbody></table>"
     )
 
 
 def _throughput_charts(curves: Curves) -> Iterator[Chart]:
     yield from over_time(curves, "Completions per second", "completions/s", "samples_per_s", from_zero=True)
     names = {"while decoding": ("decode_tokens_per_s", "blue"), "while updating": ("learner_tokens_per_s", "orange")}
-    yield from together(curves, "Tokens per second by phase", "tokens/s", names)
+    yield from together(curves, "Tokens per second by phase", "tokens/s", names, from_zero=True)
     yield from over_time(curves, "Groups that wait for the learner", "groups", "waiting_groups", from_zero=True)
 
 
@@ -315,14 +319,16 @@ def _example_table(examples: Sequence[Mapping[str, Any]]) -> str:
     if not examples:
         return '<p class="faint">No completions were kept.</p>'
     chosen = np.unique(np.linspace(0, len(examples) - 1, min(_MOST_EXAMPLES, len(examples))).astype(int))
+    shown = [examples[int(index)] for index in chosen]
+    given = " What is pale was given as a hint." if any(one.get("hint") for one in shown) else ""
     rows = "".join(
-        f'<tr><td class="number">{escape(str(one.get("step")))}</td><td>{escape(str(one.get("family")))}</td>'
-        f"<td><code>{_cut(one.get('prompt'))}</code></td><td><code>{_cut(one.get('completion'))}</code></td>"
+        f'<tr><td class="number">{escape(str(one.get("step")))}</td><td>{_cut(one.get("family"))}</td>'
+        f"<td><code>{_cut(one.get('prompt'))}</code></td><td>{_answer(one)}</td>"
         f'<td class="number">{_reward(one.get("reward"))}</td><td>{_verdict(one)}</td></tr>'
-        for one in (examples[int(index)] for index in chosen)
+        for one in shown
     )
     return (
-        f'<p class="faint">{len(chosen)} of the {len(examples):,} completions in examples.jsonl.</p><div class="scroll"><table>'
+        f'<p class="faint">{len(chosen)} of the {len(examples):,} completions in examples.jsonl.{given}</p><div class="scroll"><table>'
         '<thead><tr><th class="number">step</th><th>family</th><th>prompt</th><th>completion</th><th class="number">reward</th>'
         f"<th>verdict</th></tr></thead><tbody>{rows}</tbody></table></div>"
     )
@@ -333,6 +339,12 @@ def _cut(text: Any) -> str:
     text = str(text)
     more = len(text) - _MOST_CHARACTERS
     return escape(text) if more <= 0 else f"{escape(text[:_MOST_CHARACTERS])}… ({more:,} more)"
+
+
+def _answer(one: Mapping[str, Any]) -> str:
+    hint, text = str(one.get("hint") or ""), str(one.get("completion"))
+    given = f'<span class="faint">{_cut(hint)}</span>' if hint else ""
+    return f"<code>{given}{_cut(text)}</code>" if text else f'<code>{given}</code><span class="faint">(nothing)</span>'
 
 
 def _reward(value: Any) -> str:

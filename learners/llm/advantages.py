@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.llm import ADVANTAGES, PolicyGradientSettings
+from configs.policy_gradient import ADVANTAGES, PolicyGradientSettings
 from learners.classes import load_function
 
 TOLERANCE = 1e-6  # groups whose rewards deviate less have no variance: equal rewards may differ by rounding

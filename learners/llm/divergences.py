@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from configs.llm import KlSettings, TeacherSettings
+from configs.policy_gradient import KlSettings, TeacherSettings
 
 LARGEST = 20.0  # of a log ratio; beyond, its exponential swamps every other term of the loss
 

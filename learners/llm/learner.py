@@ -13,7 +13,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from configs.llm import LlmConfig, LlmLearnersSettings, ModelSettings, PolicyGradientSettings, SamplingSettings
+from configs.llm import LlmConfig, LlmLearnersSettings, ModelSettings, SamplingSettings
+from configs.policy_gradient import PolicyGradientSettings
 from learners.llm.batching import MicroBatch, Rollouts, buckets, micro_batch, rollouts
 from learners.llm.measures import Measures
 from learners.llm.models import Model, make_model, weights_bytes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.llm import LOSSES, PolicyGradientSettings
+from configs.policy_gradient import LOSSES, PolicyGradientSettings
 from learners.classes import load_function
 from learners.llm.advantages import checked
 

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 import torch
 from torch import Tensor
 
-from configs.llm import PolicyGradientSettings
+from configs.policy_gradient import PolicyGradientSettings
 from learners.llm.batching import Rollouts
 from learners.llm.objective import Targets, Terms
 from learners.llm.parallel import Learners

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from configs.llm import PolicyGradientSettings
+from configs.policy_gradient import PolicyGradientSettings
 from learners.llm.advantages import make_advantage, pass_rate
 from learners.llm.aggregation import token_total, token_weights
 from learners.llm.batching import Rollouts

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import attrgetter
 
 import numpy as np
 import pyarrow as pa
@@ -76,28 +78,62 @@ SCHEMA = pa.schema(
     ]
 )
 
-_LISTS = ("prompt", "tokens", "log_probs", "kept", "versions", "step_ends", "step_rewards")
+_NO_VERSION = 2**31 - 1  # the policy version of a row without tokens: never too old
+_TYPES = {column.name: column.type for column in SCHEMA}
+_GIVEN = [name for name in _TYPES if name not in ("group_size", "policy_version")]  # the others follow from these
+_LISTS = {name: kind.value_type for name, kind in _TYPES.items() if pa.types.is_list(kind)}
+_DTYPES = {name: np.dtype(inner.to_pandas_dtype()) for name, inner in _LISTS.items()}
+_of = attrgetter(*_GIVEN)
 
 
 def to_rows(group: Sequence[Completion]) -> pa.RecordBatch:
-    """The completions of one whole group as rows of `SCHEMA`."""
-    columns: list[pa.Array] = []
-    for column in SCHEMA:
-        if column.name == "group_size":
-            columns.append(pa.array([len(group)] * len(group), column.type))
-        elif column.name == "policy_version":
-            columns.append(pa.array([int(one.versions.min(initial=2**31 - 1)) for one in group], column.type))
-        elif column.name in _LISTS:
-            columns.append(_lists([getattr(one, column.name) for one in group], column.type))
-        else:
-            columns.append(pa.array([getattr(one, column.name) for one in group], column.type))
-    return pa.record_batch(columns, schema=SCHEMA)
+    """The completions of one whole group as rows of `SCHEMA`.
+
+    Raises `pyarrow.ArrowInvalid` for a number that does not fit its column.
+    """
+    given = dict(zip(_GIVEN, zip(*map(_of, group), strict=True), strict=True)) if group else dict.fromkeys(_GIVEN, ())
+    columns = {"group_size": pa.array([len(group)] * len(group), _TYPES["group_size"])}
+    known: dict[tuple[int, ...], np.ndarray] = {}  # offsets by lengths: the lists of tokens have the same ones
+    for name, values in given.items():
+        if name not in _LISTS:
+            columns[name] = pa.array(values, _TYPES[name])
+            continue
+        lengths = tuple(map(len, values))
+        offsets = known.get(lengths)
+        if offsets is None:
+            offsets = known[lengths] = np.array([0, *accumulate(lengths)], np.int32)
+        flat = _flat(name, values)
+        columns[name] = _lists(name, flat, offsets)
+        if name == "versions":
+            columns["policy_version"] = _oldest(flat, offsets)
+    return pa.RecordBatch.from_arrays([columns[name] for name in _TYPES], schema=SCHEMA)
 
 
-def _lists(arrays: Sequence[np.ndarray], kind: pa.ListType) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum([len(a) for a in arrays])]).astype(np.int32)
-    values = np.concatenate(arrays) if arrays else np.zeros(0)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind.value_type), type=kind)
+def _flat(name: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """These one after another, in the type of the column."""
+    values = np.concatenate(arrays) if arrays else np.zeros(0, _DTYPES[name])
+    if values.dtype == _DTYPES[name]:
+        return values
+    narrowed: np.ndarray = pa.array(
+        values, _LISTS[name]
+    ).to_numpy()  # refuses what does not fit, which numpy would wrap
+    return narrowed
+
+
+def _lists(name: str, values: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
+    # From buffers: pa.array and ListArray.from_arrays take three times as long for so few numbers.
+    flat = pa.Array.from_buffers(_LISTS[name], len(values), [None, pa.py_buffer(values)])
+    return pa.ListArray.from_buffers(_TYPES[name], len(offsets) - 1, [None, pa.py_buffer(offsets)], children=[flat])
+
+
+def _oldest(versions: np.ndarray, offsets: np.ndarray) -> pa.Array:
+    """The least of each list."""
+    begins, some = offsets[:-1], offsets[:-1] < offsets[1:]
+    oldest = np.full(len(begins), _NO_VERSION, np.int32)
+    if len(versions):
+        # Each from its begin to that of the next one; between two with tokens lie only lists without any.
+        oldest[some] = np.minimum.reduceat(versions, begins[some])
+    return pa.array(oldest)
 
 
 @dataclass(frozen=True)

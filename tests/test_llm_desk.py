@@ -1,0 +1,215 @@
+"""The head's desk: what it hands out, what it counts, and what it remembers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.llm.assignments import Assignment, Outcome, sample_seed
+from actors.llm.tasks import Task, TaskSet
+from cluster.llm.desk import Desk
+from configs.llm import LlmConfig
+
+SIZE = 4
+
+
+def task(number: int, family: str = "easy", solution: str | None = "12345678") -> Task:
+    return Task(f"{number}:", family, "countdown", {"number": number}, solution)
+
+
+TASKS = TaskSet([task(n, "easy" if n % 2 else "hard", "12345678" if n % 3 else None) for n in range(60)])
+
+
+def make(seed: int = 0, tasks: TaskSet = TASKS, **changes: Any) -> Desk:
+    values: dict[str, Any] = {"kind": "llm", "sampling": {"group_size": SIZE}, "algorithm": {}, **changes}
+    return Desk(LlmConfig.model_validate(values), tasks, seed=seed)
+
+
+def outcome(one: Assignment, passes: int, fate: Any = "kept", **changes: Any) -> Outcome:
+    given = {"attempts": SIZE, "completions": SIZE, "tokens": 10, "hint": one.hint, **changes}
+    return Outcome(one.group, one.number, passes, fate=fate, **given)
+
+
+def test_groups_are_numbered_over_the_whole_run_and_name_their_prompts() -> None:
+    desk = make()
+    found = desk.take("actor 0", 5) + desk.take("actor 1", 3) + desk.take("actor 0", 0)
+    assert [one.group for one in found] == list(range(8))
+    assert all(one.task is TASKS[one.number] and one.hint == 0.0 for one in found)
+    assert len({one.number for one in found[:5]}) == 5  # no prompt twice in one hand
+    assert desk.metrics()["groups_out"] == 8
+
+
+def test_an_outcome_counts_once_and_only_of_a_group_that_was_handed_out() -> None:
+    desk = make()
+    first, second = desk.take("actor 0", 2)
+    report = [outcome(first, 3), outcome(second, 0, "too_hard", tokens=7)]
+    assert desk.record(report) == 2
+    before = (desk.metrics(), desk.state()[1])
+    stranger = Outcome(99, 0, 4, SIZE, SIZE, 10, "kept")
+    assert desk.record([*report, stranger]) == 0
+    after = (desk.metrics(), desk.state()[1])
+    assert after[0] == before[0]
+    for name, array in before[1].items():
+        np.testing.assert_array_equal(after[1][name], array)
+    assert desk.record([outcome(desk.take("actor 0", 1)[0], 1)] * 2) == 1
+    assert desk.metrics()["waste/sampled_groups"] == 3
+
+
+def test_the_same_outcomes_twice_teach_the_tracker_once() -> None:
+    once, twice = make(), make()
+    for _ in range(20):
+        for desk, times in ((once, 1), (twice, 2)):
+            found = [outcome(one, one.number % (SIZE + 1)) for one in desk.take("actor 0", 3)]
+            for _ in range(times):
+                desk.record(found)
+    assert once.metrics() == twice.metrics()
+    assert [one.number for one in once.take("a", 30)] == [one.number for one in twice.take("a", 30)]
+
+
+def test_waste_is_counted_in_tokens_by_reason_and_a_failed_prompt_is_none() -> None:
+    desk = make()
+    a, b, c, d, e = desk.take("actor 0", 5)
+    desk.record(
+        [
+            outcome(a, 2, tokens=40),
+            outcome(b, 0, "too_hard", tokens=30),
+            outcome(c, 4, "too_easy", tokens=20),
+            outcome(d, 1, "unscored", attempts=2, completions=2 * SIZE, tokens=10),
+            outcome(e, 0, "failed", attempts=0, completions=0, tokens=0),
+        ]
+    )
+    row = desk.metrics()
+    assert row["waste/share"] == pytest.approx(60 / 100)
+    reasons = [row[f"waste/{name}"] for name in ("too_hard", "too_easy", "unscored", "stale")]
+    assert reasons == pytest.approx([0.3, 0.2, 0.1, 0.0])
+    assert row["waste/sampled_completions"] == 5 * SIZE
+    assert (row["waste/sampled_groups"], row["waste/kept_groups"], row["groups_out"]) == (4, 1, 0)
+
+
+def test_groups_found_too_old_are_moved_from_kept_to_wasted_once() -> None:
+    desk = make()
+    desk.record(
+        [outcome(one, 2, tokens=tokens) for one, tokens in zip(desk.take("a", 4), (10, 20, 30, 40), strict=True)]
+    )
+    for total in (0, 1, 1, 3, 2):
+        desk.stale(total)
+    row = desk.metrics()
+    assert (row["waste/sampled_tokens"], row["waste/sampled_groups"]) == (100, 4)
+    assert row["waste/kept_groups"] == 1
+    assert row["waste/stale"] == row["waste/share"] == pytest.approx(0.75)
+    about, arrays = desk.state()
+    again = make()
+    again.load_state(json.loads(json.dumps(about)), arrays)
+    again.stale(3)  # what was counted before the run was stopped
+    assert again.metrics() == row
+
+
+def test_groups_of_an_actor_that_died_are_forgotten() -> None:
+    desk = make()
+    mine, others = desk.take("actor 0", 3), desk.take("actor 1", 2)
+    desk.record([outcome(mine[0], 2)])
+    assert desk.forget("actor 0") == 2
+    assert desk.forget("actor 0") == 0
+    assert desk.record([outcome(one, 2) for one in mine]) == 0  # late news of what nobody waits for
+    assert desk.record([outcome(one, 2) for one in others]) == 2
+    assert desk.take("actor 0", 1)[0].group == 5  # a number is never given twice
+
+
+def test_families_that_pass_about_half_of_the_time_are_drawn_more() -> None:
+    desk = make(curriculum={"floor": 0.1})
+    for _ in range(60):
+        found = desk.take("actor 0", 4)
+        desk.record([outcome(one, 2 if one.task.family == "easy" else 0) for one in found])
+    row = desk.metrics()
+    assert row["family/easy/pass_rate"] > 0.4
+    assert row["family/hard/pass_rate"] < 0.1
+    assert row["family/easy/drawn"] > 0.75
+    assert row["family/easy/drawn"] + row["family/hard/drawn"] == pytest.approx(1.0)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 5), st.sampled_from(["pass_rate", "uniform"]), st.integers(0, 2**31))
+def test_after_a_round_trip_of_the_state_the_same_draws_follow(rounds: int, draw: str, seed: int) -> None:
+    changes: dict[str, Any] = {"curriculum": {"draw": draw}, "algorithm": {"hints": {"shares": [0.25, 0.5]}}}
+    desk = make(seed, **changes)
+    for turn in range(rounds):
+        desk.learnt(turn)
+        desk.record([outcome(one, (one.number + turn) % 3) for one in desk.take("actor 0", 6)])
+    desk.take("actor 0", 3)  # under way: not part of the state
+    about, arrays = desk.state()
+    again = make(seed + 1, **changes)
+    again.load_state(json.loads(json.dumps(about)), arrays)
+    assert again.metrics() == {**desk.metrics(), "groups_out": 0.0}
+    for turn in range(3):
+        first, second = desk.take("actor 0", 7), again.take("actor 0", 7)
+        assert first == second
+        for found, one in ((first, desk), (second, again)):
+            one.record([outcome(a, (a.number + turn) % 4) for a in found])
+
+
+def test_a_state_of_other_prompts_is_refused() -> None:
+    about, arrays = make().state()
+    other = make(tasks=TaskSet([task(n) for n in range(61)]))
+    with pytest.raises(ValueError, match="the checkpoint is of 60 prompts, and there are 61 now"):
+        other.load_state(about, arrays)
+
+
+def hints(**more: Any) -> dict[str, Any]:
+    return {"algorithm": {"hints": {"shares": [0.25, 0.5], **more}}}
+
+
+def test_a_prompt_nobody_solved_comes_again_with_more_and_more_of_its_solution() -> None:
+    desk = make(**hints())
+    found = desk.take("actor 0", 6)
+    desk.record([outcome(one, 0, "too_hard") for one in found])
+    solved = [one.number for one in found if one.task.solution is not None]
+    assert 0 < len(solved) < 6
+    assert desk.metrics()["hinted_waiting"] == len(solved)
+    again = desk.take("actor 1", len(solved) + 2)
+    assert [(one.number, one.hint) for one in again[: len(solved)]] == [(number, 0.25) for number in solved]
+    assert [one.hint for one in again[len(solved) :]] == [0.0, 0.0]
+    assert [one.group for one in again] == list(range(6, 6 + len(again)))
+    desk.record([outcome(again[0], 0, "too_hard"), outcome(again[1], 1)])
+    (third,) = desk.take("actor 0", 1)
+    assert (third.number, third.hint) == (solved[0], 0.5)
+    desk.record([outcome(third, 0, "too_hard")])
+    assert desk.metrics()["hinted_waiting"] == 0  # there is no more to give
+
+
+def test_what_passes_with_a_hint_says_nothing_of_the_prompt_without() -> None:
+    plain, hinted = make(), make(**hints())
+    for desk in (plain, hinted):
+        desk.record([outcome(one, 0, "too_hard") for one in desk.take("actor 0", 6)])
+    before = {name: value for name, value in hinted.metrics().items() if name.endswith("/pass_rate")}
+    again = hinted.take("actor 0", 2)
+    assert {one.hint for one in again} == {0.25}
+    hinted.record([outcome(one, SIZE, "too_easy") for one in again])
+    assert {name: hinted.metrics()[name] for name in before} == before
+    assert hinted.metrics()["waste/sampled_groups"] == 8
+
+
+def test_hints_wait_for_their_time_and_need_a_solution() -> None:
+    desk = make(**hints(after=10))
+    desk.record([outcome(one, 0, "too_hard") for one in desk.take("actor 0", 4)])
+    assert desk.metrics()["hinted_waiting"] == 0
+    desk.learnt(10)
+    desk.record([outcome(one, 0, "too_hard") for one in desk.take("actor 0", 12)])
+    assert desk.metrics()["hinted_waiting"] > 0
+    failed = make(**hints())
+    failed.record([outcome(one, 0, "failed", attempts=0, completions=0, tokens=0) for one in failed.take("actor 0", 6)])
+    assert failed.metrics()["hinted_waiting"] == 0  # it was never tried
+
+
+def test_seeds_differ_in_everything_they_are_made_of() -> None:
+    base = (1, 2**62, 3, 4)
+    seeds = {sample_seed(*base)}
+    for place in range(4):
+        seeds.add(sample_seed(*(value + (i == place) for i, value in enumerate(base))))
+    assert len(seeds) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert sample_seed(*base) == sample_seed(*base)
