@@ -209,9 +209,9 @@ def test_countdown_prompts_are_distinct_balanced_repeatable_and_quick() -> None:
 
 
 def test_a_family_that_is_used_up_is_left_to_the_others() -> None:
-    """The prompts of two numbers up to 5 can be counted."""
+    """The puzzles of two numbers up to 5, in any order, can be counted."""
     every = {
-        (a, b, target)
+        (min(a, b), max(a, b), target)
         for a, b in product(range(1, 6), repeat=2)
         for target in (a + b, a - b, b - a, a * b)
         if target >= 1
@@ -220,7 +220,7 @@ def test_a_family_that_is_used_up_is_left_to_the_others() -> None:
     families = Counter(task.family for task in tasks)
     assert families["2 numbers"] == len(every)
     assert families["3 numbers"] == 300 - len(every)
-    with pytest.raises(TaskError, match=f"only {len(every)} distinct prompts, expected 300"):
+    with pytest.raises(TaskError, match=f"only {len(every)} distinct puzzles, expected 300"):
         countdown.generate(300, 0, low=2, high=2, largest=5)
 
 
@@ -240,11 +240,23 @@ def test_countdown_names_arguments_out_of_range(kwargs: dict[str, int]) -> None:
         countdown.generate(1, 0, **kwargs)  # type: ignore[arg-type]
 
 
+def test_no_puzzle_is_held_out_that_is_learnt_from_in_another_order() -> None:
+    for kwargs in ({"low": 2, "high": 5, "largest": 30, "largest_target": 99}, {"largest": 12}):
+        train, held = make_tasks(TasksSettings(kwargs=kwargs, count=1200), seed=3, held_out=200)
+
+        def puzzles(tasks: TaskSet) -> set[tuple[tuple[int, ...], int]]:
+            return {(tuple(sorted(task.data["numbers"])), task.data["target"]) for task in tasks}
+
+        assert len(puzzles(train)) == 1200
+        assert len(puzzles(held)) == 200
+        assert not puzzles(train) & puzzles(held)
+
+
 def test_arithmetic() -> None:
     tasks = arithmetic.generate(4000, 3, low=1, high=3, operators="+-*")
     assert len({task.prompt for task in tasks}) == 4000
     counts = Counter(task.family for task in tasks)
-    assert counts["1 digit"] == 300  # all there are
+    assert counts["1 digit"] == 210  # all there are: 55 sums, 55 products and 100 differences
     assert abs(counts["2 digits"] - counts["3 digits"]) <= 1
     for task in tasks:
         assert str(reference(task.prompt.removesuffix("="))) == task.solution == task.data["answer"]

@@ -46,7 +46,13 @@ def generate(count: int, seed: int, *, low: int = 1, high: int = 4, operators: s
         family = "1 digit" if digits == 1 else f"{digits} digits"
         return Task(f"{a}{operator}{b}=", family, "arithmetic", {"answer": answer}, answer)
 
-    return distinct_tasks(count, range(low, high + 1), draw)
+    return distinct_tasks(count, range(low, high + 1), draw, puzzle=lambda task: _sorted(task.prompt))
+
+
+def _sorted(prompt: str) -> tuple[str, ...]:
+    """What a prompt asks: the order of what is added or multiplied does not matter."""
+    parts = re.split(r"([-+*])", prompt.removesuffix("="))
+    return tuple(parts if parts[1] == "-" else [parts[1], *sorted((parts[0], parts[2]))])
 
 
 def _numbers(generator: random.Random, digits: int) -> tuple[int, int]:

@@ -22,11 +22,11 @@ def generate(
     largest_target: int = 999,
     division: bool = False,
 ) -> list[Task]:
-    """`count` tasks with distinct prompts, each solvable; family "k numbers" for k = `low` … `high` in turn.
+    """`count` tasks with distinct puzzles (numbers in any order, and a target), each solvable; family "k numbers" for k = `low` … `high` in turn.
 
     A target is the value of a random expression over random numbers, which is the task's solution; intermediate values are
-    positive integers up to `largest_target`. With targets up to 999 there are 2 669 distinct prompts of two numbers up to 30 and
-    22 693 of two up to 99; of three there are more than 100 000. Where those of a family are used up, the others go on. The
+    positive integers up to `largest_target`. With targets up to 999 there are 1 364 distinct puzzles of two numbers up to 30 and
+    11 395 of two up to 99. Where those of a family are used up, the others go on. The
     first n tasks are the same whatever `count` is.
 
     Args:
@@ -39,7 +39,7 @@ def generate(
         division: use / too; then answers may, and it is exact.
 
     Raises:
-        TaskError: an argument is out of range, or there are not as many distinct prompts.
+        TaskError: an argument is out of range, or there are not as many distinct puzzles.
     """
     if not 2 <= low <= high <= 8:
         raise TaskError(f"countdown needs 2 ≤ low ≤ high ≤ 8, received low {low}, high {high}")
@@ -55,7 +55,12 @@ def generate(
         data = {"numbers": numbers, "target": target, "operators": operators}
         return Task(f"{','.join(map(str, numbers))}={target}:", f"{size} numbers", "countdown", data, solution)
 
-    return distinct_tasks(count, range(low, high + 1), draw)
+    return distinct_tasks(
+        count,
+        range(low, high + 1),
+        draw,
+        puzzle=lambda task: (tuple(sorted(task.data["numbers"])), task.data["target"]),
+    )
 
 
 def _puzzle(

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -46,29 +46,34 @@ def _hash(text: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def distinct_tasks(count: int, kinds: Sequence[int], draw: Callable[[int], Task]) -> list[Task]:
-    """`count` tasks with distinct prompts, as `draw` gives them, of each kind in turn.
+def distinct_tasks(
+    count: int, kinds: Sequence[int], draw: Callable[[int], Task], *, puzzle: Callable[[Task], Hashable]
+) -> list[Task]:
+    """`count` tasks with distinct puzzles, as `draw` gives them, of each kind in turn.
 
     A kind that gives nothing new any more is left out from then on.
 
+    Args:
+        puzzle: what a task asks, however it is written: held-out prompts must not be those to learn from in another order.
+
     Raises:
-        TaskError: there are not as many distinct prompts of all kinds.
+        TaskError: there are not as many distinct puzzles of all kinds.
     """
     tasks: list[Task] = []
-    seen: set[str] = set()
+    seen: set[Hashable] = set()
     open_kinds = list(kinds)
     turn = 0
     while len(tasks) < count:
         if not open_kinds:
             raise TaskError(
-                f"there are only {len(tasks)} distinct prompts, expected {count}; raise the generator's limits by tasks.kwargs, "
+                f"there are only {len(tasks)} distinct puzzles, expected {count}; raise the generator's limits by tasks.kwargs, "
                 "or lower tasks.count"
             )
         turn %= len(open_kinds)
         for _ in range(MOST_REPEATS):
             task = draw(open_kinds[turn])
-            if task.prompt not in seen:
-                seen.add(task.prompt)
+            if (asked := puzzle(task)) not in seen:
+                seen.add(asked)
                 tasks.append(task)
                 turn += 1
                 break
