@@ -25,7 +25,10 @@ from configs.llm import LlmConfig
 from configs.schema import RunConfig
 from replay.security import Security, new_token
 
-PACKAGES = ("millrace", "ray", "torch", "envpool", "gymnasium", "pyarrow", "grpcio", "numpy", "numba")
+PACKAGES = (
+    *("millrace", "ray", "torch", "envpool", "gymnasium", "pyarrow", "grpcio", "numpy", "numba"),
+    *("transformers", "peft"),
+)
 TOKEN = "token"
 ADDRESSES = "replay.json"  # while the run is going: {"addresses": […]} of its shards
 

@@ -263,7 +263,7 @@ class LlmLearnersSettings(LearnerProcessSettings):
     batch_groups: int = setting(32, "Groups in one learner step, over all learners.", unit="groups", ge=1, le=2048)
     minibatches: int = setting(1, "Updates that a batch is divided into.", unit="updates", ge=1, le=1024)
     micro_tokens: int = setting(
-        16_384, "Tokens, prompts and padding included, in one forward and backward pass.", unit="tokens", ge=1, le=10**8
+        4_096, "Tokens, prompts and padding included, in one forward and backward pass.", unit="tokens", ge=1, le=10**8
     )
     learning_rate: float = setting(3e-4, "Step size of Adam.", unit="step size", gt=0.0, le=1.0)
     warm_up: int = setting(0, "Updates over which the step size rises from 0.", unit="updates", ge=0, le=10**9)
@@ -393,6 +393,8 @@ def conflicts(config: LlmConfig) -> Iterator[str]:
             f"{curriculum.low:g} and {curriculum.high:g}; widen the band"
         )
     yield from algorithm.conflicts(group_size=sampling.group_size, max_tokens=sampling.max_tokens)
+    if learners.shard_parameters and learners.count == 1:
+        yield "learners.shard_parameters divides the weights among several learners, and learners.count is 1; leave it off"
     if learners.batch_groups % learners.count:
         yield (
             f"learners.batch_groups ({learners.batch_groups}) must be a multiple of learners.count ({learners.count}): each "

@@ -195,6 +195,20 @@ class PolicyGradientSettings(Settings):
             yield (
                 f"algorithm.overlong.buffer ({self.overlong.buffer}) must not exceed sampling.max_tokens ({max_tokens})"
             )
+        if self.advantage == "sign" and self.overlong.kind == "shape":
+            yield (
+                "algorithm.advantage sign looks at passes alone: algorithm.overlong.kind shape would do nothing; take mask, or "
+                "another advantage"
+            )
+        if self.dual_clip is not None and self.loss not in ("clip", "decoupled"):
+            yield f"algorithm.dual_clip has no effect on algorithm.loss {self.loss}; leave it out"
+        if self.loss == "gspo" and self.clip_high > 0.1:
+            yield (
+                f"algorithm.loss gspo clips the ratio of whole completions, and algorithm.clip_high {self.clip_high:g} would "
+                "never be reached; set algorithm.clip_low 3e-4 and algorithm.clip_high 4e-4, as its authors do, or others below 0.1"
+            )
+        if self.teacher.path is not None and not self.teacher.coefficient:
+            yield "algorithm.teacher.coefficient is 0: the teacher would be computed for nothing; leave algorithm.teacher.path out"
         if self.entropy.low > self.entropy.high:
             yield f"algorithm.entropy.low ({self.entropy.low:g}) must not exceed algorithm.entropy.high ({self.entropy.high:g})"
         if list(self.hints.shares) != sorted(set(self.hints.shares)):

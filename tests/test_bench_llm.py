@@ -135,6 +135,7 @@ def test_a_line_says_what_was_measured_and_is_kept_under_the_machines_name(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(llm, "RESULTS", tmp_path)
+    monkeypatch.setattr(llm, "SHORT", 6)
     monkeypatch.setattr(llm, "_in_child", lambda name, options, device, threads: small_line(device, threads))
     assert llm.main(["--only", "embedded", "--json", "--save", "--device", "cpu"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -26,7 +26,7 @@ def generate(
 
     A target is the value of a random expression over random numbers, which is the task's solution; intermediate values are
     positive integers up to `largest_target`. With targets up to 999 there are 1 364 distinct puzzles of two numbers up to 30 and
-    11 395 of two up to 99. Where those of a family are used up, the others go on. The
+    11 411 of two up to 99. Where those of a family are used up, the others go on. The
     first n tasks are the same whatever `count` is.
 
     Args:

@@ -99,11 +99,13 @@ class SlotEngine:
 
     def load(self, version: int, data: bytes) -> None:
         """New weights; see `Engine`. Those that have to wait are looked at when they are taken, within `step`."""
+        if self._new_weights is not None and version < self._new_weights[0]:
+            return  # of several that wait the newest is taken
         if self._settings.swap == "finish" and self._active.any():
-            if self._new_weights is None or version >= self._new_weights[0]:
-                self._new_weights = version, data
+            self._new_weights = version, data
         else:
             self._take(version, data)
+            self._new_weights = None  # older ones that waited
 
     def step(self) -> list[Sample]:
         """Advances all running completions by a token; see `Engine`."""

@@ -16,12 +16,13 @@ from torch import Tensor
 from configs.llm import LlmConfig, LlmLearnersSettings, ModelSettings, SamplingSettings
 from configs.policy_gradient import PolicyGradientSettings
 from learners.llm.batching import MicroBatch, Rollouts, buckets, micro_batch, rollouts
+from learners.llm.gap_check import GapCheck
 from learners.llm.measures import Measures
 from learners.llm.models import Model, make_model, weights_bytes
 from learners.llm.objective import Objective, Targets
 from learners.llm.optimiser import Optimiser
 from learners.llm.parallel import Learners, fill_, local, shard, whole
-from learners.llm.scoring import Scorer, no_dropout
+from learners.llm.scoring import Scorer, no_dropout, store_rounded
 from learners.staging import ALONE, Share
 
 if TYPE_CHECKING:
@@ -95,6 +96,10 @@ class PolicyGradient:
         if teacher is not None:
             teacher.requires_grad_(False).eval()
             self._teacher = Scorer(teacher, temperature=sampling.temperature, precision=precision)
+        if precision is not None and not learners.shard_parameters:  # FSDP2 wants one type in a layer
+            for scorer in (self._reference, self._teacher):
+                if scorer is not None:
+                    store_rounded(scorer.network, precision)
         no_dropout(self._network)
         if learners.activation_checkpointing:
             # Older releases of transformers call it by the other name.
@@ -108,6 +113,9 @@ class PolicyGradient:
                     shard(scorer, scorer.network, device=self.device, count=share.count)
         trained = {name: p for name, p in self._network.named_parameters() if p.requires_grad}
         self._optimiser = Optimiser(trained, learners, self._learners)
+        self._gap_check = GapCheck(
+            list(trained.values()), self._scorer, self._learners, is_divided=learners.shard_parameters
+        )
 
     @property
     def is_divided(self) -> bool:
@@ -120,6 +128,7 @@ class PolicyGradient:
         """The present weights are out as `version`: what tokens' versions are compared with."""
         self._version = version
         self._is_published = True
+        self._gap_check.published(version)
 
     def update(self, batch: pa.RecordBatch) -> None:
         """One learner step from whole groups of `rows.SCHEMA`, this learner's part.
@@ -140,6 +149,10 @@ class PolicyGradient:
             targets = self._objective.refine(flat, targets, proximal=proximal, entropy=entropy)
         weights, totals = self._objective.weights(flat, targets.mask, update, parts)
         self._measures.batch(flat, targets, version=self._version)
+        if not (self._is_published and self._gap_check.version == self._version):  # the update's own pass is by these
+            self._measures.checked(
+                self._gap_check.measure(flat, pad=self._pad, micro_tokens=self._learning.micro_tokens)
+            )
         for number, total in enumerate(totals):
             if total == 0:
                 continue  # all of it was cut off
@@ -148,7 +161,8 @@ class PolicyGradient:
                 loss += self._accumulate(flat, targets, weights, completions, counts=counts)
             self._apply(float(self._learners.sum_(loss)))
         self.updates += 1
-        self._measures.end()
+        if self._measures.end():
+            self._gap_check.measured(self._version)
 
     def _accumulate(
         self, flat: Rollouts, targets: Targets, weights: Tensor, completions: np.ndarray, *, counts: bool
@@ -276,6 +290,7 @@ class PolicyGradient:
         self._generator.set_state(state["random"].cpu())
         self.updates = int(state["updates"])
         self._is_published = False
+        self._gap_check.forget()
 
     def _tensors(self) -> dict[str, Tensor]:
         """Parameters, by names such as `model.lm_head.weight`: those trained, those frozen, and the reference's."""

@@ -19,6 +19,7 @@ SUMS = (
     *("completions", "reward", "shaped", "passed", "length", "cut"),  # over completions
     *("tokens", "learnt", "advantage", "squared_advantage", "zero_advantage", "controlled", "lag"),  # over tokens
     *("loss", "seen", "entropy", "ratio", "clipped", "reference", "teacher"),  # over those that updates are made of
+    *("checked", "checked_gap"),  # over tokens of past weights, scored with these
 )
 MAXIMA = ("lag", "gap")  # reported; those of other numbers are for the message about losses that are not finite
 
@@ -27,15 +28,16 @@ class Measures:
     """The metrics of learner steps.
 
     The sampler–learner gap is |Δ log π| per token between what the actor stored and what the learner computes anew, taken before
-    the first update of a step. Where a completion was sampled wholly by the weights that the learner holds, it is a test of the
-    weights' way to the actor (`gap/mean`, `gap/max`); of older ones it also shows how far the policy has moved since
+    the first update of a step. At the same weights it is a test of their way to the actor (`gap/mean`, `gap/max`): of completions
+    that were sampled wholly by the weights that the learner holds, and of those that `GapCheck` scores with the past weights that
+    sampled them. By present weights, completions of older ones also show how far the policy has moved since
     (`gap/lag_<versions>`).
     """
 
     def __init__(
         self, settings: PolicyGradientSettings, learners: Learners, *, device: torch.device, gap_warning: float
     ) -> None:
-        """gap_warning: mean gap, in nats, of completions of the learner's own weights above which a warning is logged."""
+        """gap_warning: mean gap at the same weights, in nats per token, above which a warning is logged."""
         self._settings = settings
         self._learners = learners
         self._device = device
@@ -113,6 +115,11 @@ class Measures:
         self._gap[1].index_add_(0, lag, torch.ones_like(apart))
         self._largest_gap.scatter_reduce_(0, lag, apart, "amax")
 
+    def checked(self, gap: Tensor) -> None:
+        """The gap at tokens (t,), each at the weights that sampled it."""
+        self._add(checked=torch.ones_like(gap), checked_gap=gap)
+        self._raise(gap=gap)
+
     def losses(self, terms: Terms, weights: Tensor, new: Tensor, old: Tensor, entropy: Tensor, mask: Tensor) -> None:
         """Of the t tokens of a micro-batch; `mask` are those learnt from."""
         ratio = (new.detach() - old).clamp(-20.0, 20.0).exp()
@@ -134,8 +141,12 @@ class Measures:
         self._norms.append(norm)
         self._rate = rate
 
-    def end(self) -> None:
-        """The step is made: adds what all learners counted. Warns where the gap of the learner's own weights is wide."""
+    def end(self) -> bool:
+        """The step is made: adds what all learners counted, and warns where the gap at the same weights is wide.
+
+        Returns whether there were completions of the weights that were last published, to which no update had been made.
+        """
+        self._raise(gap=self._largest_gap[:1])
         sums = torch.stack([self._step[name] for name in SUMS])
         packed = self._learners.sum_(torch.cat([sums, self._lag, self._gap.flatten()])).tolist()
         step = dict(zip(SUMS, packed, strict=False))
@@ -147,13 +158,14 @@ class Measures:
             self._lags[lag] += round(lags[lag])
             self._lag_gaps[lag][0] += gaps[lag]
             self._lag_gaps[lag][1] += counts[lag]
-        largest = {name: float(value) for name, value in self._maxima.items()} | {"gap": float(self._largest_gap[0])}
+        largest = {name: float(value) for name, value in self._maxima.items()}
         mine = torch.tensor([largest.get(name, 0.0) for name in MAXIMA], dtype=torch.float64, device=self._device)
         found = self._learners.gather(mine)[0].view(-1, len(MAXIMA)).amax(0).tolist()
         for name, value in zip(MAXIMA, found, strict=True):
             self._largest[name] = max(self._largest.get(name, 0.0), value)
-        if counts[0]:
-            self._watch(gaps[0] / counts[0])
+        if same := counts[0] + step["checked"]:
+            self._watch((gaps[0] + step["checked_gap"]) / same)
+        return bool(counts[0])
 
     def _watch(self, gap: float) -> None:
         is_wide = gap > self._gap_warning
@@ -217,7 +229,8 @@ class Measures:
         for lag, (gap, count) in sorted(self._lag_gaps.items()):
             if count:
                 row[f"gap/lag_{lag}"] = gap / count
-        if "gap/lag_0" in row:
-            row |= {"gap/mean": row["gap/lag_0"], "gap/max": self._largest["gap"]}
+        gap, count = self._lag_gaps[0]
+        if same := count + sums["checked"]:
+            row |= {"gap/mean": (gap + sums["checked_gap"]) / same, "gap/max": self._largest["gap"]}
         self._reset()
         return row

@@ -73,6 +73,13 @@ def shard(module: nn.Module, network: nn.Module, *, device: torch.device, count:
             whole.set_force_sum_reduction_for_comms(True)  # gloo has no mean
 
 
+def release_gathered(module: nn.Module) -> None:
+    """Gives up weights that a forward pass gathered, so that the next one gathers what the learners' parts hold by then."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A copy on the CPU; of a tensor that is divided, gathered by all learners together."""
     tensor = tensor.detach()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from learners.llm.batching import MicroBatch
@@ -23,6 +24,10 @@ class Scorer(nn.Module):
     Prompts take up much of a batch, and logits of a large vocabulary more memory than all else: where logits are a linear
     function of the last hidden states, those of the sampled positions are computed alone, and in pieces that the backward pass
     computes again. A module of its own, so that FSDP2 gathers the outermost weights when it is called.
+
+    Logits are float32 whatever matrix products are computed in: rounded to bfloat16, those near 22 are off by up to 0.06, and
+    log-probabilities of a vocabulary of 150,000 by 0.03 nats in the mean. Only of models that cap or scale their logits, which
+    are computed as the model does it, they are rounded.
     """
 
     def __init__(
@@ -69,10 +74,10 @@ class Scorer(nn.Module):
     def _pieces(self, head: nn.Module, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         size = max(1, self._logits // self.network.config.get_text_config().vocab_size)
         if len(hidden) <= size:
-            return self._score(head(hidden), tokens)
+            return self._score(self._logits_of(head, hidden), tokens)
 
         def piece(part: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
-            return self._score(head(part), sampled)
+            return self._score(self._logits_of(head, part), sampled)
 
         found = [
             checkpoint(piece, part, sampled, use_reentrant=False)
@@ -81,9 +86,63 @@ class Scorer(nn.Module):
         log_probs, entropies = zip(*found, strict=True)
         return torch.cat(log_probs), torch.cat(entropies)
 
+    def _logits_of(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        if self._precision is None:
+            logits: Tensor = head(hidden)
+            return logits
+        with torch.autocast(hidden.device.type, enabled=False):
+            if type(head) is not nn.Linear:
+                logits = head(hidden.float())
+                return logits
+            logits = _Product.apply(hidden, head.weight, self._precision)  # type: ignore[no-untyped-call]
+            return logits if head.bias is None else logits + head.bias.float()
+
     def _score(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         log_probs, entropy = token_log_probs(logits, tokens, self._temperature)
         return log_probs, entropy.detach()
+
+
+class _Product(torch.autograd.Function):
+    """hidden @ weight.T (rows, V) in float32, of both rounded to a shorter type; so are the products of the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, precision: torch.dtype) -> Tensor:
+        """hidden (rows, width), weight (V, width)."""
+        rounded = hidden.to(precision)
+        ctx.save_for_backward(rounded, weight)  # not the weight rounded: with a large vocabulary that is much memory
+        ctx.precision, ctx.type = precision, hidden.dtype
+        return _wide(rounded, weight.to(precision).T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rounded, weight = ctx.saved_tensors
+        gradient = gradient.to(ctx.precision)
+        by_hidden = by_weight = None
+        if ctx.needs_input_grad[0]:
+            by_hidden = _wide(gradient, weight.to(ctx.precision)).to(ctx.type)
+        if ctx.needs_input_grad[1]:
+            by_weight = _wide(gradient.T, rounded).to(weight.dtype)
+        return by_hidden, by_weight, None
+
+
+def _wide(one: Tensor, two: Tensor) -> Tensor:
+    """The matrix product in float32 of tensors of a shorter type."""
+    if one.is_cuda:
+        # Tensor cores add up in float32 anyway; float32 factors would cost many times as much.
+        return torch.mm(one, two, out_dtype=torch.float32)
+    return one.float() @ two.float()
+
+
+def store_rounded(network: PreTrainedModel, precision: torch.dtype) -> None:
+    """Keeps a frozen network's matrices in the type that autocast multiplies them in, which saves memory and changes no result.
+
+    Embeddings stay as they are, and so does a head that shares theirs: they begin the sum that runs through all layers.
+    """
+    embeddings = network.get_input_embeddings().weight
+    for module in network.modules():
+        if type(module) is nn.Linear and module.weight is not embeddings:
+            module.weight.data = module.weight.data.to(precision)
 
 
 @torch.no_grad()

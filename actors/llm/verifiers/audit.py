@@ -197,5 +197,7 @@ _FIXED: dict[str, list[tuple[str, dict[str, Any], bool]]] = {
         ("import sys\nsys.exit(0)", _DOUBLE, False),
         ("print(2 * int(input()))", _ECHO, True),
         ("print(6)", _ECHO, False),
+        ("import sys\nprint(2 * int(input()))\nsys.exit(0)", _ECHO, True),
+        ("import sys\nprint(2 * int(input()))\nsys.exit(1)", _ECHO, False),
     ],
 }

@@ -28,6 +28,7 @@ BATCH_S = 0.02  # work sent to a process at once: enough to hide the pipes, litt
 MOST_BATCH = 256  # completions
 CHECK_S = 0.02  # between two looks at whether something has run too long
 END_S = 0.5  # that a process which closed its pipes may take to end
+STALL_S = 90.0  # that a process with work may neither begin nor answer any: more than starting it takes on a busy machine
 COUNTS = ("scored", "passed", "unscored", "retries", "errors", "timeouts", "deaths", "restarts")
 
 
@@ -37,6 +38,8 @@ class _Job:
     verifier: str
     request: str  # JSON
     failures: int = 0
+    alone: bool = False  # sent as a batch of its own, to see whether it is this one that ends a process after its verdict
+    spared: bool = False  # it was next when a process ended for no known reason
 
 
 class VerifierPool:
@@ -44,7 +47,11 @@ class VerifierPool:
 
     A verifier that raises, takes longer than `timeout_s`, allocates more than `memory_mb`, or ends its process (by exit or a
     crash) has failed for that completion, which is judged again up to `retries` times and is then `Unscored`; never reward 0.
-    The others that were sent to the same process are judged as if nothing had happened.
+    The others that were sent to the same process are judged as if nothing had happened. What a verifier started, by fork or
+    otherwise, must not judge in its place, and is ended with the process at the latest.
+
+    A verifier that itself catches MemoryError and goes on to return a reward cannot be told from one that judged: let it, and
+    every other error that is not the completion's fault, through.
 
     The processes die with the thread that made them or last called `submit` or `ready` when one had to be replaced: use a pool
     from one thread, which lives as long as it. They inherit stderr, and `print` in a verifier goes there.
@@ -147,10 +154,13 @@ class VerifierPool:
             ended = worker.read()
             for seconds, answers in worker.take():
                 self._answered(worker, seconds, answers)
-            if ended:
+            # The end of the pipe alone does not tell: another process that a verifier left behind may hold it open.
+            if ended or worker.has_ended:
                 self._replace(number, "")
             elif worker.running_s() > self._timeout_s:
                 self._replace(number, f"took longer than {self._timeout_s:g} s")
+            elif worker.stalled_s() > STALL_S:
+                self._replace(number, f"neither answered nor ended its process for {STALL_S:g} s")
         for worker in self._workers:
             while self._queue and worker.batches_ahead < 2:
                 worker.give(self._batch())
@@ -158,6 +168,8 @@ class VerifierPool:
 
     def _batch(self) -> list[_Job]:
         """The next jobs, all of one verifier: not so many that other processes would have nothing to do."""
+        if self._queue[0].alone:
+            return [self._queue.popleft()]
         verifier = self._queue[0].verifier
         most = min(
             MOST_BATCH,
@@ -165,7 +177,7 @@ class VerifierPool:
             len(self._queue) // len(self._workers),
         )
         batch = [self._queue.popleft()]
-        while self._queue and len(batch) < most and self._queue[0].verifier == verifier:
+        while self._queue and len(batch) < most and self._queue[0].verifier == verifier and not self._queue[0].alone:
             batch.append(self._queue.popleft())
         return batch
 
@@ -253,6 +265,8 @@ class _Worker:
         self._batches: deque[int] = deque()  # jobs given in all, at the end of each batch that is not answered
         self._given = 0
         self._died: int | None = None
+        self._seen: tuple[int, ...] | None = None
+        self._seen_since = 0.0
         command = [sys.executable, "-P", "-m", "actors.llm.verifiers.worker"]
         try:
             self._process = subprocess.Popen(
@@ -315,20 +329,48 @@ class _Worker:
         began, _ = RUNNING.unpack_from(self._shared)
         return time.monotonic() - began if began else 0.0
 
+    def stalled_s(self) -> float:
+        """Seconds since the process was first seen as it is now: with work, but running none and answering none."""
+        began, begun = RUNNING.unpack_from(self._shared)
+        seen = (begun, self._answered, self._given, len(self.unsent)) if self.jobs and not began else None
+        if seen != self._seen:
+            self._seen, self._seen_since = seen, time.monotonic()
+        return time.monotonic() - self._seen_since if seen else 0.0
+
     def culprit(self) -> _Job | None:
-        """Take out the job at which the process ended; the first one where it did not begin any, so that one is always charged."""
+        """Take out the job at which the process ended; None where it is not known, or where nothing was given.
+
+        A process that ended between two jobs may have lost the verdicts of several, at one of which something like its pipe was
+        closed: each is then sent alone, where there is no doubt. Where it had lost none, the next one has nothing to do with it,
+        unless it happens to it again.
+        """
         if not self.jobs:
             return None
         began, begun = RUNNING.unpack_from(self._shared)
-        position = begun - self._answered - 1 if began else 0
-        job = self.jobs[position]
-        del self.jobs[position]
+        lost = begun - self._answered
+        if not began and lost > 1:
+            for job in list(self.jobs)[:lost]:
+                job.alone = True
+            return None
+        if not lost and not self.jobs[0].spared:
+            self.jobs[0].spared = True
+            return None
+        job = self.jobs[max(lost - 1, 0)]
+        self.jobs.remove(job)
         return job
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is no more; its id stays taken until `kill`, which cannot hit another one then."""
+        if self._died is not None:
+            return True
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def await_end(self) -> None:
         """Its pipes close a moment before a process that ends has its exit status."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_S)
+        until = time.monotonic() + END_S
+        while not self.has_ended and time.monotonic() < until:
+            time.sleep(0.001)
 
     def kill(self) -> int:
         """End the process and all that it started; its exit status, negative for a signal."""

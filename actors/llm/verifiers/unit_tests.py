@@ -21,17 +21,17 @@ def verify(completion: str, data: Mapping[str, Any]) -> Verdict:
       exits early has not passed. Code that sets out to deceive its tests (by an object that equals everything, say, or by
       looking for the runner's secret on the stack) can: use cases where that matters.
     - cases: objects {"stdin": text, "stdout": text}; the code is run for each, and must print the same lines, spaces at the end
-      of a line or of the whole aside. What is compared never comes near the code.
+      of a line or of the whole aside, and end with status 0, be it by sys.exit. What is compared never comes near the code.
 
-    besides, if wished, cpu_s (seconds of CPU time for each run, a whole number, 2) and memory_mb (512). Code that takes more of
+    besides, if wished, cpu_s (seconds of CPU time for each run, 2) and memory_mb (512), whole numbers from 1 on. Code that takes more of
     these fails. Wall time is limited by the pool alone, and gives no verdict: a busy machine is not the code's fault.
 
     Raises:
         SandboxError: the kernel refuses the sandbox.
-        ValueError: `data` holds neither tests nor cases.
+        ValueError: `data` holds neither tests nor cases, or limits that are none.
     """
     code = extract_code(completion)
-    cpu_s, memory_mb = int(data.get("cpu_s", 2)), int(data.get("memory_mb", 512))
+    cpu_s, memory_mb = _limit(data, "cpu_s", 2), _limit(data, "memory_mb", 512)
     if "tests" in data:
         outcome = run(f"{code}\n\n{data['tests']}\n", cpu_s=cpu_s, memory_mb=memory_mb)
         return PASSED if outcome.completed else failed(outcome.reason)
@@ -50,8 +50,15 @@ def extract_code(completion: str) -> str:
     return str(blocks[-1]) if blocks else completion
 
 
+def _limit(data: Mapping[str, Any], name: str, default: int) -> int:
+    value = data.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value >= 1 and value % 1 == 0):
+        raise ValueError(f"{name} of unit tests must be a whole number from 1 on, received {value!r}; change the task's data")
+    return int(value)
+
+
 def _differs(outcome: Outcome, expected: str) -> str:
-    if not outcome.completed:
+    if outcome.status != 0:  # not `completed`, which would fail a program that ends by sys.exit(0)
         return outcome.reason
     printed, wanted = _lines(outcome.stdout), _lines(expected)
     if printed == wanted:

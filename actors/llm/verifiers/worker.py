@@ -95,7 +95,7 @@ def main(parent: int, shared_fd: int, memory_mb: int) -> None:
     os.dup2(2, 1)
     limit_memory(memory_mb)
     verifiers = _Verifiers(memory_mb)
-    begun = 0
+    begun, own = 0, os.getpid()
     for line in requests:
         name, completions = json.loads(line)
         done: list[list[Any] | str] = []
@@ -120,6 +120,9 @@ def main(parent: int, shared_fd: int, memory_mb: int) -> None:
                 done.append(judge(verifier, completion, data))
             except MemoryError:
                 os._exit(OUT_OF_MEMORY)
+            finally:
+                if os.getpid() != own:  # a fork by the verifier, which must not read requests or answer them
+                    os._exit(0)
             RUNNING.pack_into(shared, 0, 0.0, begun)
         _send(answers, time.monotonic() - since, done)
 
