@@ -15,6 +15,7 @@ import ray
 from actors.llm.assignments import Assignment, Outcome
 from cluster.books import STALL_S
 from cluster.llm import parts
+from cluster.llm.audits import audits
 from cluster.llm.desk import Desk
 from cluster.llm.examples import ExampleFile
 from cluster.llm.head import LlmEvaluation, LlmHead, LlmTick
@@ -121,6 +122,9 @@ class LlmHeadWorker(RunHead):
         self._start_learners(None if self._resume is None else self._resume / LEARNER, version)
         for index in range(config.actors.count):
             self._start_actor(index)
+        # While the others start; some verifiers take a second for it.
+        for kind, line in audits(config.tasks, parts.tasks_of(config)[0]):
+            self._recorder.event(kind, line)
 
     def _spawn_shard(self, index: int) -> None:
         self._children.make(
@@ -217,6 +221,7 @@ class LlmHeadWorker(RunHead):
         while self._said:
             self._recorder.event("start", self._said.popleft())
         self._desk.learnt(self._head.counts.updates)
+        self._desk.stale(self._head.counts.dropped_stale_groups)
         for child in self._children.of("actor"):
             self._examples.add(child.status.pop("examples", ()), step=self._head.step)
         self._recorder.row(self._head.tick(LlmTick(**self._moment(), desk=self._desk.metrics())))
