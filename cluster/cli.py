@@ -102,9 +102,10 @@ def _train(words: Sequence[str]) -> int:
             raise UsageError(f"{resume} is not the folder of a run: it holds no config.yaml")
     if {"--help", "-h"} & split.options.keys():
         print("millrace train [CONFIG] [--SETTING VALUE …] [--resume RUN] [--json]\n")
-        if config.kind == "control":
-            print("For the settings of language models: millrace train --kind llm --help\n")
-        print(settings_help(load_run(source, split.settings)))
+        about = load_run(source, split.settings)
+        if about.kind == "control":
+            print("The settings of language models: millrace train --kind llm --help\n")
+        print(settings_help(about))
         return 0
     config = load_run(source, split.settings)
 

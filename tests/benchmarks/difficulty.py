@@ -210,7 +210,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--subject", choices=tuple(SUBJECTS), default="difficulty", help="arms to compare (default difficulty)"
     )
-    parser.add_argument("--only", default="", help="arms whose name has this part or pattern")
+    parser.add_argument("--only", nargs="*", default=["*"], help="arms, by names or patterns (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm (default 3)")
     parser.add_argument("--updates", type=int, default=200, help="learner steps of each run (default 200)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each (default 2)")
@@ -222,7 +222,7 @@ def main(words: Sequence[str]) -> int:
     chosen, more = parser.parse_known_args(words)
     if min(chosen.seeds, chosen.jobs, chosen.updates) < 1:
         parser.error("--seeds, --jobs and --updates must be positive")
-    arms = [arm for arm in SUBJECTS[chosen.subject] if fnmatch(arm, f"*{chosen.only}*")]
+    arms = [arm for arm in SUBJECTS[chosen.subject] if any(fnmatch(arm, only) for only in chosen.only)]
     runs = [
         ArmRun(chosen.subject, arm, seed, chosen.updates, tuple(more)) for seed in range(chosen.seeds) for arm in arms
     ]
