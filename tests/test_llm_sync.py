@@ -38,7 +38,7 @@ EVEN, FRAGILE = (f"tests.verifiers_for_tests:{name}" for name in ("even", "fragi
 GROUPS, SIZE = 3, 4
 SMALL = f"""
     --mode sync --report_every_s 600 --model.layers 1 --model.width 16 --model.heads 2 --model.inner 16 --warm_start.steps 4
-    --warm_start.batch_size 16 --tasks.count 200 --sampling.group_size {SIZE} --sampling.max_tokens 8 --actors.slots 24
+    --warm_start.batch_size 16 --tasks.count 200 --tasks.kwargs low=2 high=5 largest=30 largest_target=99 --sampling.group_size {SIZE} --sampling.max_tokens 8 --actors.slots 24
     --actors.prompts_ahead 1 --learners.batch_groups {GROUPS} --learners.threads 1 --eval.every 3 --eval.prompts 8 --eval.samples 2
     --eval.attempts 1 2 --eval.families --stop.updates 6
 """.split()
