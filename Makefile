@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # Another pip index for torch alone, such as https://download.pytorch.org/whl/cpu: its default build on Linux is for CUDA.
 TORCH_INDEX ?=
+# Tests run in so many processes; those that start whole runs stay in one of them.
+WORKERS ?= 2
 # Passed on: `make demo ARGS="--seed 3"`, `make test ARGS="-k config"`.
 ARGS ?=
 
@@ -27,6 +29,7 @@ help:
 	@echo
 	@echo "PYTHON=python3.12        the Python that .venv is made with, 3.11 or newer"
 	@echo "TORCH_INDEX=https://…    a pip index for torch alone, such as https://download.pytorch.org/whl/cpu"
+	@echo "WORKERS=2                processes that the tests run in"
 	@echo "ARGS=\"--seed 3\"          passed on to millrace train (demo) or pytest (test, test-all)"
 
 demo: $(BASE)
@@ -43,10 +46,10 @@ lint: $(TESTS)
 	@$(BIN)/mypy
 
 test: lint
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup $(ARGS)
 
 test-all: lint
-	@$(BIN)/python -m pytest -q -m "slow or not slow" $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "slow or not slow" $(ARGS)
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -28,6 +28,18 @@ settings.register_profile("millrace", deadline=None, derandomize=True)
 settings.load_profile("millrace")
 
 
+# Whole runs, killed ones among them: a run tells of what a dead one has left, so tests of them do not run beside each other.
+WHOLE_RUNS = ("test_cli", "test_replay_faults", "test_replay_service", "test_ray_run", "test_ray_llm")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, those of a file stay together: they share fixtures."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            name = item.path.stem
+            item.add_marker(pytest.mark.xdist_group("whole_runs" if name in WHOLE_RUNS else name))
+
+
 @pytest.fixture(autouse=True)
 def _denormals() -> Iterator[None]:
     """A learner in this process flushes denormal numbers to zero, which the next test need not expect."""

@@ -25,7 +25,7 @@ from replay.queue_spec import QueueSpec
 from replay.queue_writers import CallQueueWriter
 from replay.queues import Queue
 from tests.test_distributed import PROCESSES, in_a_group
-from tests.test_llm_learner import MAX_TOKENS, completions, groups_of, model, wait
+from tests.test_llm_learner import MAX_TOKENS, completions, groups_of, model, naive, replaced, wait
 
 PROCESSES.set_forkserver_preload(
     ["learners.llm.learner", "learners.llm.loop", "transformers", "tests.test_llm_learner"]
@@ -158,6 +158,53 @@ def test_divided_weights_learn_what_whole_ones_do() -> None:
         for name, array in straight.items():
             np.testing.assert_array_equal(array, resumed[name], err_msg=name)
     assert all(0.0 < one[-1]["gradient_norm"] < 100.0 for one in found)
+
+
+LAGGING: list[dict[str, Any]] = [
+    {"algorithm": {"advantage": "whiten"}},
+    {
+        "algorithm": {"kl": {"coefficient": 0.1}, "entropy": {"kind": "kl_cov", "fraction": 0.1}},
+        "shard_parameters": True,
+    },
+    {"algorithm": {"overlong": {"kind": "mask"}}, "shard_parameters": True, "activation_checkpointing": True},
+    {"algorithm": {}, "model": {"lora_rank": 4}, "shard_parameters": True},
+]
+
+
+def lag_by_one(share: Share, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """The state and metrics of three steps; in the second, after an update, the last group is of the first weights.
+
+    That is the second learner's; actors give its log-probabilities wrong by 0.3.
+    """
+    learner = make(share, **_copy(options))
+    learner.published(0)
+    learner.update(part(batch(0, version=-1), share))
+    learner.published(1)
+    rows = batch(1, version=-1)
+    versions, log_probs = (rows[name].flatten().to_numpy().copy() for name in ("versions", "log_probs"))
+    begin = int(sum(map(len, rows["tokens"].to_pylist()[:12])))
+    new = torch.cat([found for found, _ in naive(model(**options.get("model", {})).network, rows, 0.8)])
+    versions[begin:], log_probs[begin:] = 0, new[begin:].detach().numpy() + 0.3
+    learner.update(part(replaced(replaced(rows, "versions", versions), "log_probs", log_probs), share))
+    learner.published(2)
+    learner.update(part(batch(2, version=0), share))
+    return {name: tensor.numpy() for name, tensor in learner.state().items()}, learner.metrics()
+
+
+def _lagging(group: Group) -> list[Any]:
+    share = Share(group.rank, group.count, group.mean_)
+    return [lag_by_one(share, options) for options in LAGGING]
+
+
+def test_past_weights_are_scored_by_learners_that_have_none_of_their_samples_too() -> None:
+    found = in_a_group(_lagging, 2)
+    for number, options in enumerate(LAGGING):
+        alone = {name: value for name, value in _copy(options).items() if name != "shard_parameters"}
+        state, row = lag_by_one(ALONE, alone)
+        assert row["gap/mean"] == pytest.approx(0.3, abs=1e-6)
+        assert row["gap/max"] == pytest.approx(0.3, abs=1e-5)
+        assert row["gap/lag_1"] != pytest.approx(0.3, abs=1e-3)
+        assert_same((state, row), [learner[number] for learner in found], 1e-9)
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------

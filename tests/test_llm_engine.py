@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -27,9 +28,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from actors.llm import forward as forward_module
 from actors.llm import slots as slots_module
 from actors.llm.engine import Engine, Request, Sample, make_engine
+from actors.llm.forward import Prefilled
 from actors.llm.slot_cache import SlotCache
+from actors.llm.slots import SlotEngine
 from configs.llm import SamplingSettings
 from learners.classes import ModuleError
 from learners.llm.log_probs import token_log_probs
@@ -224,6 +228,37 @@ def test_greedy_completions_are_those_of_generate(name: str) -> None:
         np.testing.assert_array_equal(sample.tokens, expected[0, prompt.shape[1] :].numpy())
         assert not sample.log_probs.any()
         assert not sample.kept.any()
+
+
+def test_several_tokens_may_end_a_completion() -> None:
+    """As chat models have them: the end of a turn and the end of all text."""
+    network = llama()
+    ends = (END, 7, 11, 30, 58)
+    requests = [
+        Request(one.group, one.index, one.prompt, one.seed, temperature=0.0, max_tokens=30)
+        for one in random_requests(seed=11, groups=12, group_size=1)
+    ]
+    engine = SlotEngine(SamplingSettings(), network, end=ends, slots=5)
+    engine.submit(requests)
+    stopped = set()
+    for sample in drain(engine):
+        prompt = torch.from_numpy(sample.request.prompt).long()[None]
+        expected = network.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=30,
+            do_sample=False,
+            eos_token_id=list(ends),
+            pad_token_id=0,
+        )
+        np.testing.assert_array_equal(sample.tokens, expected[0, prompt.shape[1] :].numpy())
+        assert sample.finish == ("stop" if sample.tokens[-1] in ends else "length")
+        if sample.finish == "stop":
+            stopped.add(int(sample.tokens[-1]))
+    assert len(stopped) > 1
+    for wrong in ((), VOCAB, -1, (END, VOCAB)):
+        with pytest.raises(ValueError, match=f"one or more tokens of the model, 0 to {VOCAB - 1}, received"):
+            SlotEngine(SamplingSettings(), network, end=wrong, slots=1)
 
 
 CHI_SQUARE_999 = 99.6  # of 60 degrees of freedom: a right sampler stays below it in 999 of 1,000 seeds
@@ -452,6 +487,58 @@ def test_groups_begun_in_parts_are_read_once() -> None:
     network = llama()
     for sample in samples:
         np.testing.assert_allclose(sample.log_probs, plain_log_probs(network, sample, 1.0), atol=1e-4)
+
+
+def prefilled_alive() -> list[Prefilled]:
+    return [one for one in gc.get_objects() if type(one) is Prefilled]
+
+
+def test_prompts_of_one_pass_at_a_time_are_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both when completions begin and when running ones are read again by new weights."""
+    monkeypatch.setattr(forward_module, "PASS_TOKENS", 64)
+    network = llama()
+    engine = engine_of(network, slots=16, cache="recompute")
+    gc.collect()
+    assert not prefilled_alive()
+    alive, widths = [], []
+
+    def note(_: object, inputs: object, arguments: dict[str, torch.Tensor]) -> None:
+        widths.append(arguments["input_ids"].shape[1])
+        alive.append(len(prefilled_alive()))
+
+    hook = network.register_forward_pre_hook(note, with_kwargs=True)
+    prompts = [np.arange(2, 22 + group, dtype=np.int32) for group in range(16)]
+    engine.submit([Request(group, 0, prompt, group, max_tokens=30) for group, prompt in enumerate(prompts)])
+    engine.step()
+    begun = sum(width > 1 for width in widths)
+    assert begun >= 6
+    engine.load(1, weights_bytes(llama(1)))
+    engine.step()
+    assert sum(width > 1 for width in widths) >= begun + 4
+    assert max(alive) == 0
+    hook.remove()
+
+
+def test_of_prompts_that_are_kept_no_more_is_kept_than_themselves() -> None:
+    gc.collect()
+    engine = engine_of(llama(), slots=9)
+    prompts = [np.arange(2, 6 + 3 * group, dtype=np.int32) for group in range(9)]
+    # All but the last one's group begin whole, in one pass with its first.
+    requests = [Request(group, 0, prompt, group, max_tokens=20) for group, prompt in enumerate(prompts)]
+    requests += [Request(8, index, prompts[8], index, max_tokens=20) for index in range(1, 5)]
+    engine.submit(requests)
+    engine.step()
+    (kept,) = prefilled_alive()
+    for states in (*kept.states[0], *kept.states[1]):
+        assert states.shape == (1, 2, len(prompts[8]), 8)
+        assert states.untyped_storage().nbytes() == 4 * states.numel()
+    assert kept.logits.untyped_storage().nbytes() == 4 * VOCAB
+    del kept
+    samples = drain(engine)
+    assert len(by_number(samples)) == 13
+    for sample in samples:
+        np.testing.assert_allclose(sample.log_probs, plain_log_probs(llama(), sample, 1.0), atol=1e-4)
+    assert not prefilled_alive()
 
 
 # What is refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -20,13 +21,14 @@ import pytest
 from actors.llm.countdown import generate
 from actors.llm.tasks import TaskError
 from actors.llm.verifiers import math_answers, patterns, unit_tests
+from actors.llm.verifiers import pool as pool_module
 from actors.llm.verifiers.audit import Labelled, audit, labelled_sample, read_labelled
 from actors.llm.verifiers.pool import VerifierPool
 from actors.llm.verifiers.sandbox import SandboxError, run
 from actors.llm.verifiers.verdict import PASSED, Unscored, Verdict, VerifierError, as_verdict, failed, load_verifier
 
 HOSTILE = """
-import ctypes, os, sys, time
+import ctypes, os, socket, sys, time
 from actors.llm.verifiers.verdict import Verdict
 
 hoard = []
@@ -57,6 +59,14 @@ def judge(completion, data):
         with open(data["path"], "w") as file:
             file.write(str(subprocess.Popen(["sleep", "1000"]).pid))
         time.sleep(1000)
+    if completion in ("fork", "fork on") and os.fork() == 0:
+        if completion == "fork": time.sleep(1000)
+        data = {"right": completion}  # what it says is not what counts
+    if completion == "close": os.closerange(3, 256)
+    if completion in ("mute", "deaf"):
+        if completion == "mute" and os.fork() == 0: time.sleep(1000)
+        hoard.extend(socket.socketpair())
+        for fd in range(3, hoard[-2].fileno()): os.dup2(hoard[-2].fileno(), fd)
     if completion in ("steps", "numpy"): import numpy as np
     if completion == "steps": return Verdict(np.float32(0.5), np.bool_(False), "half", 0.25, ((1, np.float32(1.0)), (3, -1.0)))
     if completion == "numpy": return np.float32(1.0)
@@ -84,7 +94,8 @@ def pool(hostile: str) -> Iterator[VerifierPool]:  # the processes look for modu
 
 def answers(pool: VerifierPool, within_s: float = 60.0) -> dict[Any, Verdict | Unscored]:
     """All that the pool still owes."""
-    until, found = time.monotonic() + within_s, {}
+    until = time.monotonic() + within_s
+    found: dict[Any, Verdict | Unscored] = {}
     while pool.waiting:
         assert time.monotonic() < until, f"{pool.waiting} answers never came: {pool.counts()}"
         found.update(pool.ready(0.5))
@@ -143,6 +154,95 @@ def test_a_failure_is_tried_again_as_often_as_asked(hostile: str, tmp_path: Path
     assert isinstance(found["b"], Unscored)
     assert counts["errors"] == 2 + retries
     assert counts["retries"] == (1 + retries if retries else 0)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_that_lose_their_pipes_or_leave_others_behind_cost_nobody_else_a_verdict(
+    hostile: str, processes: int
+) -> None:
+    """A fork holds the pipe of its parent open, which then ends without an end of file; one that goes on must not answer."""
+    kinds = [
+        "right",
+        "wrong",
+        "right",
+        "close",
+        "fork",
+        "right",
+        "close",
+        "fork on",
+        "wrong",
+        "right",
+        "_exit",
+        "fork",
+    ] * 3
+    with VerifierPool(processes=processes, timeout_s=5.0, retries=0) as pool:
+        for number in range(100):  # so that batches of several are sent
+            pool.submit(number, hostile, "right", {})
+        answers(pool)
+        for number, kind in enumerate(kinds):
+            pool.submit((number, kind), hostile, kind, {})
+        found = answers(pool, within_s=30.0)
+        assert len(found) == len(kinds)
+        for (_, kind), answer in found.items():
+            if kind in ("close", "_exit"):
+                assert isinstance(answer, Unscored)
+                assert "ended its process with status" in answer.reason
+            else:
+                assert answer == (PASSED if kind == "right" else failed("wrong"))
+        assert pool.counts()["deaths"] == 9
+
+
+def test_a_process_that_ends_before_it_has_begun_charges_nobody_the_first_time(hostile: str) -> None:
+    with VerifierPool(timeout_s=5.0, retries=0) as pool:
+        pool.submit(0, hostile.replace(":judge", ":pid"), "", {})
+        pid = int(answers(pool)[0].reason)
+        os.kill(pid, signal.SIGSTOP)  # so that it cannot begin what it is sent
+        for number in range(5):
+            pool.submit(number, hostile, "right", {})
+        os.kill(pid, signal.SIGKILL)
+        assert answers(pool) == dict.fromkeys(range(5), PASSED)
+        assert pool.counts()["restarts"] == 1
+        assert pool.counts()["deaths"] == 0
+
+
+def test_a_completion_whose_processes_always_end_gets_an_answer_in_the_end(hostile: str) -> None:
+    with VerifierPool(timeout_s=5.0, retries=1) as pool:
+        pool.submit(0, hostile, "right", {})
+        until = time.monotonic() + 30.0
+        found: list[tuple[Any, Verdict | Unscored]] = []
+        while not found and time.monotonic() < until:
+            for child in psutil.Process().children():
+                child.kill()
+            found = pool.ready()
+        assert isinstance(found[0][1], Unscored)
+        assert pool.counts()["restarts"] == 3
+        assert pool.counts()["deaths"] == 2
+
+
+def test_a_process_that_reads_and_answers_nothing_more_is_replaced(
+    hostile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with VerifierPool(timeout_s=5.0, retries=0) as pool:
+        for number, (kind, reason) in enumerate(
+            {"deaf": "closed the pipes", "mute": "neither answered nor ended"}.items()
+        ):
+            pool.submit(0, hostile, "right", {})
+            answers(pool)
+            with monkeypatch.context() as soon:
+                soon.setattr(pool_module, "STALL_S", 0.5)
+                pool.submit(number, hostile, kind, {})
+                answer = answers(pool, within_s=20.0)[number]
+            assert isinstance(answer, Unscored)
+            assert reason in answer.reason
+        pool.submit(2, hostile, "right", {})
+        assert answers(pool) == {2: PASSED}
+        monkeypatch.setattr(pool_module, "STALL_S", 2.0)  # more than starting a process takes
+        kinds = ["right", "mute", "right", "right", "wrong", "right"]
+        for number, kind in enumerate(kinds):
+            pool.submit(number, hostile, kind, {})
+        found = answers(pool)
+        assert isinstance(found.pop(1), Unscored)
+        assert found == {i: PASSED if kind == "right" else failed("wrong") for i, kind in enumerate(kinds) if i != 1}
 
 
 def test_a_verdict_comes_back_whole(pool: VerifierPool, hostile: str) -> None:
@@ -248,7 +348,7 @@ def test_a_pool_names_what_it_cannot_take(pool: VerifierPool) -> None:
         pool.submit(0, "regex", "", {"pattern": object()})
     for arguments in ({"processes": 0}, {"timeout_s": 0}, {"memory_mb": 0}, {"retries": -1}):
         with pytest.raises(ValueError, match="verifier pool needs"):
-            VerifierPool(**arguments)  # type: ignore[arg-type]
+            VerifierPool(**arguments)
     pool.submit(0, "no_such_module_at_all:judge", "", {})
     assert "cannot be imported" in answers(pool)[0].reason
     assert pool.counts()["restarts"] == 0
@@ -357,6 +457,35 @@ def test_math_answers() -> None:
         math_answers.verify("8", {"answer": " "})
 
 
+def test_want_of_memory_is_no_wrong_answer() -> None:
+    """math-verify catches the MemoryError, and would say that the two are not equal."""
+    with VerifierPool(timeout_s=20.0, memory_mb=64, retries=0) as pool:
+        pool.submit("huge", "math", r"\boxed{\frac{2^{1000000000}}{2^{1000000000}}}", {"answer": "1"})
+        pool.submit("fine", "math", r"\boxed{\frac{2^{1000}}{2^{1000}}}", {"answer": "1"})
+        pool.submit("wrong", "math", r"\boxed{2}", {"answer": "1"})
+        found = answers(pool)
+        assert pool.counts()["restarts"] == 1
+    assert found["fine"] == PASSED
+    assert found["wrong"] == failed("answers 2, not 1")
+    assert found["huge"] == Unscored("verifier math allocated more than 64 MB")
+
+
+def test_a_trace_function_is_left_as_it_was() -> None:
+    """Such as a debugger's or that of a measurement of coverage."""
+    seen = []
+    before = sys.gettrace()
+
+    def trace(frame: object, event: str, argument: object) -> None:
+        seen.append(event)
+
+    sys.settrace(trace)
+    try:
+        math_answers.verify("$1$", {"answer": "1"})
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(before)
+
+
 def test_unit_tests_judge_code() -> None:
     data = {"tests": "assert double(2) == 4"}
     assert unit_tests.verify("def double(x): return 2 * x", data) == PASSED
@@ -368,6 +497,36 @@ def test_unit_tests_judge_code() -> None:
     assert unit_tests.verify("print(2)", cases) == failed("case 2 of 2: printed '2', not '4'")
     with pytest.raises(ValueError, match="tests or cases"):
         unit_tests.verify("", {})
+
+
+@pytest.mark.parametrize("name", ["cpu_s", "memory_mb"])
+@pytest.mark.parametrize("value", [0.5, 0, -1, 1.5, "2", True, None, math.nan, math.inf])
+def test_limits_that_are_none_are_the_tasks_fault(name: str, value: object) -> None:
+    """Not the code's, which would fail with 0 seconds."""
+    with pytest.raises(ValueError, match=f"{name} of unit tests must be a whole number from 1 on"):
+        unit_tests.verify("pass", {"tests": "", name: value})
+
+
+def test_limits_may_be_written_as_floats() -> None:
+    assert unit_tests.verify("pass", {"tests": "", "cpu_s": 2.0, "memory_mb": 256.0}) == PASSED
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [
+        ("sys.exit(0)", ""),
+        ("exit()", ""),
+        ("raise SystemExit", ""),
+        ("sys.exit(3)", "exited before its end"),
+        ("sys.exit('bad')", "bad"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("os.kill(os.getpid(), 9)", "was ended by SIGKILL"),
+    ],
+)
+def test_a_program_that_printed_what_it_should_may_end_by_exit(ending: str, reason: str) -> None:
+    code = f"import os, sys\nprint(int(input()) ** 2, flush=True)\n{ending}"
+    verdict = unit_tests.verify(code, {"cases": [{"stdin": "3", "stdout": "9"}]})
+    assert verdict == (failed(f"case 1 of 1: {reason}") if reason else PASSED)
 
 
 @pytest.mark.parametrize("way_out", ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"])
@@ -515,14 +674,17 @@ def test_a_refused_sandbox_runs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 @pytest.mark.parametrize("name", ["countdown", "arithmetic", "math", "regex"])
 def test_built_in_verifiers_are_right_on_their_labelled_samples(name: str) -> None:
-    found = audit(name, labelled_sample(name, 200, 1))
-    assert (found.total, found.false_negatives, found.false_positives, found.unscored) == (200, 0, 0, 0), found.examples
-    assert found.right == 100
+    sample = labelled_sample(name, 200, 1)
+    assert len(sample) == {"math": 10, "regex": 6}.get(name, 200)
+    found = audit(name, sample)
+    wrong = (found.false_negatives, found.false_positives, found.unscored)
+    assert (found.total, *wrong) == (len(sample), 0, 0, 0), found.examples
+    assert found.right == len(sample) // 2
 
 
 def test_unit_tests_are_right_on_their_labelled_sample() -> None:
-    found = audit("tests", labelled_sample("tests", 6, 1))
-    assert (found.right, found.false_negatives, found.false_positives, found.unscored) == (3, 0, 0, 0), found.examples
+    found = audit("tests", labelled_sample("tests", 8, 1))
+    assert (found.right, found.false_negatives, found.false_positives, found.unscored) == (4, 0, 0, 0), found.examples
 
 
 def test_an_audit_counts_each_kind_of_mistake(hostile: str) -> None:

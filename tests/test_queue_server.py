@@ -116,7 +116,7 @@ def test_a_caller_without_the_runs_token_is_refused_everywhere(server: QueueServ
     assert server.queue.stats()["writers"] == 0
 
 
-@pytest.mark.parametrize(("token", "found"), [(SECURITY.token, True), ("wrong" * 4, False)])
+@pytest.mark.parametrize(("token", "found"), [(SECURITY.token, True), ("wrong" * 4, False)], ids=["right", "wrong"])
 def test_health_is_told_to_who_shows_the_token(server: QueueServer, token: str, found: bool) -> None:
     with grpc.insecure_channel(server.health_address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -42,7 +42,7 @@ class Sample:
     log_probs: np.ndarray  # float32 (tokens,), natural
     kept: np.ndarray  # float32 (tokens,), log of the probability that truncation left; 0 without truncation
     versions: np.ndarray  # int32 (tokens,), of the weights that sampled each
-    finish: Literal["stop", "length"]  # stop: the end of sequence was sampled; length: `max_tokens` were
+    finish: Literal["stop", "length"]  # stop: an end of sequence was sampled; length: `max_tokens` were
 
 
 class Engine(Protocol):
@@ -91,7 +91,12 @@ class Engine(Protocol):
 
 
 def make_engine(
-    settings: SamplingSettings, network: PreTrainedModel, *, end: int, slots: int, version: int = 0
+    settings: SamplingSettings,
+    network: PreTrainedModel,
+    *,
+    end: int | Collection[int],
+    slots: int,
+    version: int = 0,
 ) -> Engine:
     """The engine that `settings.engine` names.
 
@@ -99,7 +104,7 @@ def make_engine(
         settings: how completions are sampled.
         network: the language model, on the device and in the type that it shall sample with. It is the engine's from now on:
             `load` changes its weights.
-        end: token that ends a completion.
+        end: token that ends a completion, or all those that do.
         slots: most completions that run at once.
         version: of the weights that the network has now.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +24,16 @@ ATTENTION = ("sdpa", "eager")  # implementations that take an attention mask of 
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
-    """Prompts that one pass has read, their ends in the same column."""
+    """Prompts that one pass has read, their ends in the same column: much memory, to let go of soon."""
 
     states: list[tuple[Tensor, Tensor]]  # keys and values (prompts, heads, columns, units) of each layer
     logits: Tensor  # (prompts, V), of the token that comes next
 
-    @property
-    def columns(self) -> int:
-        """Tokens of the longest prompt."""
-        return self.states[0][0].shape[2]
+    def only(self, number: int, length: int) -> Prefilled:
+        """A copy of one prompt, of `length` tokens, without which the others need not stay in memory."""
+        own = slice(number, number + 1)
+        states = [(keys[own, :, -length:].clone(), values[own, :, -length:].clone()) for keys, values in self.states]
+        return Prefilled(states, self.logits[own].clone())
 
 
 class SlotNetwork:
@@ -65,28 +66,27 @@ class SlotNetwork:
             self._check()
             self.cache = SlotCache(slots, layers)
 
-    def prefill(self, prompts: Sequence[np.ndarray]) -> list[tuple[Prefilled, list[int]]]:
-        """Reads prompts, in as few passes as memory allows.
+    def prefill(self, prompts: Sequence[np.ndarray]) -> Iterator[tuple[Prefilled, list[int]]]:
+        """Reads prompts, in as few passes as memory allows; use up and drop each pass before asking for the next.
 
         Args:
             prompts: int32 (tokens,) each, at least one token.
 
-        Returns:
-            passes, each with the numbers of the prompts it holds, in its order.
+        Yields:
+            a pass with the numbers of the prompts it holds, in its order.
         """
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        passes, members = [], list[int]()
+        members = list[int]()
         for number in order:
             length = len(prompts[number])  # no shorter than those before
             count = len(members) + 1
             alike = not members or len(prompts[members[0]]) == length
             if members and (count * length > PASS_TOKENS or (not alike and count * length**2 > MASK_ELEMENTS)):
-                passes.append((self._read([prompts[i] for i in members]), members))
+                yield self._read([prompts[i] for i in members]), members
                 members = []
             members.append(number)
         if members:
-            passes.append((self._read([prompts[i] for i in members]), members))
-        return passes
+            yield self._read([prompts[i] for i in members]), members
 
     def _read(self, prompts: Sequence[np.ndarray]) -> Prefilled:
         columns = len(prompts[-1])
@@ -144,8 +144,8 @@ class SlotNetwork:
         vocab, longest = self.vocab, min(6, self.max_length or 6)
         sequences = [np.arange(1, length + 1) * 7 % vocab for length in (longest - 1, max(longest - 3, 1))]
         try:
-            filled, members = self.prefill([sequence[:-1] for sequence in sequences if len(sequence) > 1])[0]
-            self.cache.make_room(0, self.cache.column, filled.columns, 1)
+            ((filled, members),) = self.prefill([sequence[:-1] for sequence in sequences if len(sequence) > 1])
+            self.cache.make_room(0, self.cache.column, len(sequences[0]), 1)
             rows = torch.arange(len(members), device=self.device)
             self.cache.place(rows, rows, filled.states)
             ends = np.array([sequences[number][-1] for number in members])

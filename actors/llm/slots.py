@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -34,19 +34,29 @@ class SlotEngine:
     """
 
     def __init__(
-        self, settings: SamplingSettings, network: PreTrainedModel, *, end: int, slots: int, version: int = 0
+        self,
+        settings: SamplingSettings,
+        network: PreTrainedModel,
+        *,
+        end: int | Collection[int],
+        slots: int,
+        version: int = 0,
     ) -> None:
         """Takes over the network; see `make_engine`."""
         self._model = SlotNetwork(network, slots)
-        if not 0 <= end < self._model.vocab:
-            raise ValueError(f"end: expected a token of the model, 0 to {self._model.vocab - 1}, received {end}")
+        ends = list(end) if isinstance(end, Collection) else [end]
+        if not ends or not all(0 <= one < self._model.vocab for one in ends):
+            raise ValueError(
+                f"end: expected one or more tokens of the model, 0 to {self._model.vocab - 1}, received {end}"
+            )
         self._settings = settings
-        self._end = end
+        self._is_end = np.zeros(self._model.vocab, bool)  # by token
+        self._is_end[ends] = True
         self._slots = slots
         self._version = version
         self._waiting: deque[Request] = deque()
         self._waiting_prompts: Counter[bytes] = Counter()
-        self._prefilled: dict[bytes, tuple[Prefilled, int]] = {}
+        self._prefilled: dict[bytes, Prefilled] = {}  # of one prompt each
         self._new_weights: tuple[int, bytes] | None = None
         self._recompute = False
         self._stats: Counter[str] = Counter()
@@ -167,6 +177,7 @@ class SlotEngine:
         self._stats["recomputed_tokens"] += sum(map(len, sequences))
         for filled, members in self._model.prefill(sequences):
             self._model.cache.place(self._indices(rows[members]), self._indices(np.arange(len(members))), filled.states)
+            del filled  # before the next pass is made
 
     def _running_at(self, rows: np.ndarray) -> list[tuple[int, Request]]:
         return [(row, request) for row in rows.tolist() if (request := self._requests[row]) is not None]
@@ -180,41 +191,54 @@ class SlotEngine:
             return []
         requests = [self._waiting.popleft() for _ in range(count)]
         rows = np.flatnonzero(~self._active)[:count]
-        prompts = self._read_prompts(requests)
-        longest = max(filled.columns for filled, _ in prompts)
-        self._make_room(before=longest, after=1)
+        self._make_room(before=max(len(request.prompt) for request in requests), after=1)
         self._width = max(self._width, int(rows[-1]) + 1)
         self._occupy(rows, requests)
-        logits = []
-        order: list[int] = []
-        for filled in {id(filled): filled for filled, _ in prompts}.values():
-            members = [number for number, (other, _) in enumerate(prompts) if other is filled]
-            sources = self._indices(np.array([prompts[number][1] for number in members]))
-            self._model.cache.place(self._indices(rows[members]), sources, filled.states)
-            logits.append(filled.logits.index_select(0, sources))
-            order += members
-        rows = rows[order]
-        return self._record(rows, *self._sample(torch.cat(logits), rows))
+        order, logits = self._read_prompts(requests, rows)
+        return self._record(order, *self._sample(logits, order))
 
-    def _read_prompts(self, requests: Sequence[Request]) -> list[tuple[Prefilled, int]]:
-        """For each request the pass that has read its prompt and the prompt's number in it; each prompt is read once."""
-        keys = [request.prompt.tobytes() for request in requests]
-        fresh = {key: request.prompt for key, request in zip(keys, requests, strict=True) if key not in self._prefilled}
-        names = list(fresh)
-        for filled, members in self._model.prefill(list(fresh.values())):
-            for place, number in enumerate(members):
-                self._prefilled[names[number]] = filled, place
-        read = sum(map(len, fresh.values()))
+    def _read_prompts(self, requests: Sequence[Request], rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Puts the requests' prompts into their rows; each is read once.
+
+        Returns:
+            the rows in the order in which they were filled, and the logits (rows, V) of their first tokens.
+        """
+        prompts = {request.prompt.tobytes(): request.prompt for request in requests}
+        places = defaultdict[bytes, list[int]](list)
+        for request, row in zip(requests, rows.tolist(), strict=True):
+            places[request.prompt.tobytes()].append(row)
+        self._waiting_prompts.subtract({key: len(taken) for key, taken in places.items()})
+        order: list[int] = []
+        logits: list[Tensor] = []
+
+        def put(filled: Prefilled, keys: Sequence[bytes]) -> None:
+            taken = [row for key in keys for row in places[key]]
+            sources = self._indices(np.repeat(np.arange(len(keys)), [len(places[key]) for key in keys]))
+            self._model.cache.place(self._indices(np.array(taken)), sources, filled.states)
+            logits.append(filled.logits.index_select(0, sources))
+            order.extend(taken)
+
+        fresh = [key for key in places if key not in self._prefilled]
+        for key in places:
+            if key in self._prefilled:
+                put(self._prefilled[key], [key])
+        for filled, members in self._model.prefill([prompts[key] for key in fresh]):
+            keys = [fresh[number] for number in members]
+            put(filled, keys)
+            for number, key in enumerate(keys):
+                if self._waiting_prompts[key]:
+                    self._prefilled[key] = filled.only(number, len(prompts[key]))
+                    if len(self._prefilled) > PREFILLED_KEPT:
+                        del self._prefilled[next(iter(self._prefilled))]
+            del filled  # before the next pass is made
+        for key in places:
+            if not self._waiting_prompts[key]:
+                del self._waiting_prompts[key]
+                self._prefilled.pop(key, None)
+        read = sum(len(prompts[key]) for key in fresh)
         self._stats["prompt_tokens"] += read
         self._stats["shared_tokens"] += sum(len(request.prompt) for request in requests) - read
-        found = [self._prefilled[key] for key in keys]
-        self._waiting_prompts.subtract(keys)
-        for key in dict.fromkeys(keys):
-            if not self._waiting_prompts[key]:
-                del self._waiting_prompts[key], self._prefilled[key]
-        while len(self._prefilled) > PREFILLED_KEPT:
-            del self._prefilled[next(iter(self._prefilled))]
-        return found
+        return np.array(order), torch.cat(logits)
 
     def _occupy(self, rows: np.ndarray, requests: Sequence[Request]) -> None:
         for row, request in zip(rows.tolist(), requests, strict=True):
@@ -299,7 +323,7 @@ class SlotEngine:
         self._token[rows] = tokens
         self._count[rows] = count + 1
         self._stats["tokens"] += len(rows)
-        stopped = tokens == self._end
+        stopped = self._is_end[self._token[rows]]
         done = rows[stopped | (count + 1 >= self._limit[rows])]
         finished = [self._sample_of(row, request) for row, request in self._running_at(done)]
         self._active[done] = False
@@ -309,7 +333,7 @@ class SlotEngine:
 
     def _sample_of(self, row: int, request: Request) -> Sample:
         count = self._count[row]
-        finish: Literal["stop", "length"] = "stop" if self._token[row] == self._end else "length"
+        finish: Literal["stop", "length"] = "stop" if self._is_end[self._token[row]] else "length"
         return Sample(
             request,
             self._tokens[row, :count].copy(),

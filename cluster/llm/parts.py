@@ -167,10 +167,14 @@ def make_sampling_model(config: LlmConfig, *, gpus: float | None = None) -> Mode
 
 
 def make_engine(config: LlmConfig, model: Model, *, slots: int) -> Engine:
-    """What samples; its weights are still to be loaded."""
+    """What samples; its weights are still to be loaded. The tokenizer's end token and all that the model lists end a completion."""
     from actors.llm.engine import make_engine
 
-    return make_engine(config.sampling, model.network, end=model.tokenizer.end, slots=slots)
+    # Chat models list several: the end of a turn and the end of all text.
+    listed = getattr(getattr(model.network, "generation_config", None), "eos_token_id", None)
+    others = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
+    ends = sorted({model.tokenizer.end, *map(int, others)})
+    return make_engine(config.sampling, model.network, end=ends, slots=slots)
 
 
 def make_verifiers(config: LlmConfig) -> VerifierPool:

@@ -116,7 +116,7 @@ def read_labelled(path: Path) -> Iterator[Labelled]:
 def labelled_sample(verifier: str, count: int, seed: int) -> list[Labelled]:
     """`count` completions for a built-in verifier, right and wrong in turn, with labels that do not come from the verifier.
 
-    Countdown and arithmetic are generated; of math, regex and tests a fixed list is repeated.
+    Countdown and arithmetic are generated; of math, regex and tests there is a short fixed list, and no more.
 
     Raises:
         ValueError: there is no sample for `verifier`; make one and give it to `audit`.
@@ -129,7 +129,7 @@ def labelled_sample(verifier: str, count: int, seed: int) -> list[Labelled]:
         known = ", ".join(("countdown", "arithmetic", *_FIXED))
         raise ValueError(f"there are labelled samples for {known}, received {verifier!r}; label some of your own")
     fixed = [Labelled(*row) for row in _FIXED[verifier]]
-    return [fixed[number % len(fixed)] for number in range(count)]
+    return fixed[:count]
 
 
 def _countdown(count: int, seed: int) -> list[Labelled]:

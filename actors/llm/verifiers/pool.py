@@ -28,7 +28,8 @@ BATCH_S = 0.02  # work sent to a process at once: enough to hide the pipes, litt
 MOST_BATCH = 256  # completions
 CHECK_S = 0.02  # between two looks at whether something has run too long
 END_S = 0.5  # that a process which closed its pipes may take to end
-STALL_S = 90.0  # that a process with work may neither begin nor answer any: more than starting it takes on a busy machine
+LOOK_S = 1.0  # of the time between two looks at a process, most that counts as its own
+STALL_S = 90.0  # that a process with work may neither begin nor answer any; starting it takes less
 COUNTS = ("scored", "passed", "unscored", "retries", "errors", "timeouts", "deaths", "restarts")
 
 
@@ -38,7 +39,7 @@ class _Job:
     verifier: str
     request: str  # JSON
     failures: int = 0
-    alone: bool = False  # sent as a batch of its own, to see whether it is this one that ends a process after its verdict
+    alone: bool = False  # sent as a batch of its own, so that it is seen whether a process ends because of it
     spared: bool = False  # it was next when a process ended for no known reason
 
 
@@ -47,8 +48,8 @@ class VerifierPool:
 
     A verifier that raises, takes longer than `timeout_s`, allocates more than `memory_mb`, or ends its process (by exit or a
     crash) has failed for that completion, which is judged again up to `retries` times and is then `Unscored`; never reward 0.
-    The others that were sent to the same process are judged as if nothing had happened. What a verifier started, by fork or
-    otherwise, must not judge in its place, and is ended with the process at the latest.
+    The others that were sent to the same process are judged as if nothing had happened. What a verifier started is killed
+    with its process at the latest, unless it leaves the session; a fork that returns from the verifier ends there.
 
     A verifier that itself catches MemoryError and goes on to return a reward cannot be told from one that judged: let it, and
     every other error that is not the completion's fault, through.
@@ -210,8 +211,7 @@ class VerifierPool:
     def _replace(self, number: int, reason: str) -> None:
         """Put a new process in the place of one that ended by itself (no `reason`) or is to be ended."""
         worker = self._workers[number]
-        if not reason:
-            worker.await_end()
+        by_itself = not reason and worker.await_end()
         status = worker.kill()
         worker.read()
         for seconds, answers in worker.take():  # what it finished before
@@ -219,7 +219,8 @@ class VerifierPool:
         culprit = worker.culprit()
         if culprit is not None:
             self._counts["timeouts" if reason else "deaths"] += 1
-            self._failed(culprit, reason or _why(status, self._memory_mb))
+            why = _why(status, self._memory_mb) if by_itself else "closed the pipes of its process"
+            self._failed(culprit, reason or why)
         self._queue.extendleft(reversed(worker.jobs))
         worker.close()
         self._counts["restarts"] += 1
@@ -265,8 +266,8 @@ class _Worker:
         self._batches: deque[int] = deque()  # jobs given in all, at the end of each batch that is not answered
         self._given = 0
         self._died: int | None = None
-        self._seen: tuple[int, ...] | None = None
-        self._seen_since = 0.0
+        self._seen: tuple[float, ...] = ()  # what `stalled_s` found
+        self._looked = self._stalled_s = 0.0
         command = [sys.executable, "-P", "-m", "actors.llm.verifiers.worker"]
         try:
             self._process = subprocess.Popen(
@@ -330,47 +331,52 @@ class _Worker:
         return time.monotonic() - began if began else 0.0
 
     def stalled_s(self) -> float:
-        """Seconds since the process was first seen as it is now: with work, but running none and answering none."""
+        """Seconds that the process has been seen with work, but running none and answering none."""
         began, begun = RUNNING.unpack_from(self._shared)
-        seen = (begun, self._answered, self._given, len(self.unsent)) if self.jobs and not began else None
-        if seen != self._seen:
-            self._seen, self._seen_since = seen, time.monotonic()
-        return time.monotonic() - self._seen_since if seen else 0.0
+        seen, now = (began, begun, self._answered, self._given, len(self.unsent)), time.monotonic()
+        if not self.jobs or began or seen != self._seen:
+            self._stalled_s = 0.0
+        else:  # it may have waited for the rest of its work while nobody looked
+            self._stalled_s += min(now - self._looked, LOOK_S)
+        self._seen, self._looked = seen, now
+        return self._stalled_s
 
     def culprit(self) -> _Job | None:
         """Take out the job at which the process ended; None where it is not known, or where nothing was given.
 
-        A process that ended between two jobs may have lost the verdicts of several, at one of which something like its pipe was
-        closed: each is then sent alone, where there is no doubt. Where it had lost none, the next one has nothing to do with it,
-        unless it happens to it again.
+        A process that ended between two jobs may have lost the verdicts of several, at one of which its pipe was closed, say:
+        each is sent alone from then on, and leaves no doubt. Where it had lost none, the next one is charged only if that happens
+        to it again, alone too.
         """
         if not self.jobs:
             return None
         began, begun = RUNNING.unpack_from(self._shared)
         lost = begun - self._answered
-        if not began and lost > 1:
-            for job in list(self.jobs)[:lost]:
+        first = self.jobs[0]
+        if not began and ((lost > 1 and not first.alone) or (not lost and not first.spared)):
+            first.spared = first.spared or not lost
+            for job in list(self.jobs)[: lost or None]:
                 job.alone = True
             return None
-        if not lost and not self.jobs[0].spared:
-            self.jobs[0].spared = True
-            return None
-        job = self.jobs[max(lost - 1, 0)]
+        # What was sent alone is answered before the next one begins: the first without its verdict lost the others' too.
+        job = self.jobs[lost - 1 if began else 0]
         self.jobs.remove(job)
         return job
 
     @property
     def has_ended(self) -> bool:
         """Whether the process is no more; its id stays taken until `kill`, which cannot hit another one then."""
-        if self._died is not None:
+        try:
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # its status has been asked for, maybe by something else in this process
             return True
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-    def await_end(self) -> None:
-        """Its pipes close a moment before a process that ends has its exit status."""
+    def await_end(self) -> bool:
+        """Its pipes close a moment before a process that ends has its exit status; false where it does not end."""
         until = time.monotonic() + END_S
         while not self.has_ended and time.monotonic() < until:
             time.sleep(0.001)
+        return self.has_ended
 
     def kill(self) -> int:
         """End the process and all that it started; its exit status, negative for a signal."""

@@ -53,7 +53,9 @@ def extract_code(completion: str) -> str:
 def _limit(data: Mapping[str, Any], name: str, default: int) -> int:
     value = data.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not (value >= 1 and value % 1 == 0):
-        raise ValueError(f"{name} of unit tests must be a whole number from 1 on, received {value!r}; change the task's data")
+        raise ValueError(
+            f"{name} of unit tests must be a whole number from 1 on, received {value!r}; change the task's data"
+        )
     return int(value)
 
 
