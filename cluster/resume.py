@@ -28,7 +28,8 @@ def check_resumable(before: AnyConfig, after: AnyConfig, *, frames: bool = False
     """Look for changes that the networks of a checkpoint cannot follow.
 
     Step sizes, the discount, whether targets are of one step or of several, and expectiles may change (unless a distilled critic
-    comes or goes by them). Of a run that trains a language model everything may but the model itself.
+    comes or goes by them). Of a run that trains a language model everything may but the model itself and its
+    prompts: with other held-out ones it would be judged by what it was trained on.
 
     Args:
         before: settings of the run so far.
@@ -71,10 +72,12 @@ def _made_of(config: AnyConfig, frames: bool) -> dict[str, Any]:
 
 
 def _model_of(config: LlmConfig) -> dict[str, Any]:
+    """The model, and what decides which prompts there are and which of them are held out."""
     names = ["path", "lora_rank"]
     names += _EMBEDDED if config.model.path is None else ()
     names += ["lora_alpha"] if config.model.lora_rank is not None else ()
-    return {f"model.{name}": getattr(config.model, name) for name in names}
+    prompts = ["seed", "tasks.source", "tasks.kwargs", "tasks.count", "eval.prompts"]
+    return {path: _value(config, path) for path in (*(f"model.{name}" for name in names), *prompts)}
 
 
 def _networks_of(config: RunConfig, frames: bool) -> dict[str, Any]:

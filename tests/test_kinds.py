@@ -71,8 +71,8 @@ def test_a_folder_is_opened_with_the_settings_of_its_kind(tmp_path: Path) -> Non
     ("source", "name"), [("data/train set.jsonl", "train-set.jsonl"), ("…", "run"), ("x" * 200, "x" * 60)]
 )
 def test_a_default_name_is_one_that_a_folder_can_have(source: str, name: str, tmp_path: Path) -> None:
-    run = RunFolder.create(llm(root=str(tmp_path), tasks={"source": source}, algorithm={"loss": "gspo"}), [])
-    assert run.path.name.startswith(f"{name}-gspo-20")
+    run = RunFolder.create(llm(root=str(tmp_path), tasks={"source": source}, algorithm={"loss": "cispo"}), [])
+    assert run.path.name.startswith(f"{name}-cispo-20")
 
 
 def llm_shard(groups: int) -> dict[str, int]:
@@ -156,7 +156,9 @@ MODEL: dict[str, Any] = {"lora_rank": 4, "lora_alpha": 8.0}
 @pytest.mark.parametrize(
     ("before", "after", "paths"),
     [
-        ({}, {"learners": {"learning_rate": 1e-5}, "tasks": {"source": "arithmetic"}, "sampling": {"top_k": 5}}, []),
+        ({}, {"learners": {"learning_rate": 1e-5}, "tasks": {"timeout_s": 9.0}, "sampling": {"top_k": 5}}, []),
+        # Else prompts that were learnt from would be held out.
+        ({}, {"seed": 1, "tasks": {"count": 300}, "eval": {"prompts": 9}}, ["seed", "tasks.count", "eval.prompts"]),
         ({}, {"model": {"layers": 3, "width": 32}}, ["model.layers", "model.width"]),
         # A model in a folder has the shape that it has there.
         ({}, {"model": {"path": "there", "layers": 3}}, ["model.path"]),
@@ -166,7 +168,7 @@ MODEL: dict[str, Any] = {"lora_rank": 4, "lora_alpha": 8.0}
         ({"model": MODEL}, {"model": {**MODEL, "lora_alpha": 4.0}}, ["model.lora_alpha"]),
     ],
 )
-def test_a_resumed_run_keeps_its_model_and_may_change_all_else(
+def test_a_resumed_run_keeps_its_model_and_prompts_and_may_change_all_else(
     before: dict[str, Any], after: dict[str, Any], paths: list[str]
 ) -> None:
     old, new = (llm(warm_start={"steps": 0}, **settings) for settings in (before, after))

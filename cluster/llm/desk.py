@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,12 @@ class Desk:
                 if outcome.fate != "failed":  # nothing was sampled
                     self.waste.count(outcome.fate, Amount(1, outcome.completions, outcome.tokens))
             # With a hint a prompt is another, easier one: its own pass rate learns nothing from that.
-            judged = [o for o in new if o.attempts and not o.hint]
+            judged = [o for o in new if not o.hint]
             if judged:
                 numbers = np.array([o.number for o in judged])
-                passes, attempts = np.array([o.passes for o in judged]), np.array([o.attempts for o in judged])
+                passes = np.array([o.passes for o in judged])
+                # Of a prompt that cannot be sampled or judged nothing comes either: else it would stay as promising as untried.
+                attempts = np.array([o.attempts or self._config.sampling.group_size for o in judged])
                 self._tracker.record(numbers, passes, attempts)
                 self._drawing.update(numbers)
             self._hint([o for o in new if o.attempts and not o.passes])
@@ -115,6 +118,10 @@ class Desk:
                 found[f"family/{family}/drawn"] = float(drawn[index])
             return found | self.waste.metrics()
 
+    def _prompts(self) -> str:
+        """Tells this set of prompts, in this order, from every other."""
+        return blake2b(b"".join(task.key.to_bytes(8, "little") for task in self._tasks), digest_size=16).hexdigest()
+
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What a resumed run needs: as JSON, and as arrays. Groups that were handed out and not reported are not in it."""
         with self._lock:
@@ -123,7 +130,7 @@ class Desk:
                 "again": [[number, hint] for number, hint in self._again],
                 "waste": self.waste.state(),
                 "updates": self._updates,
-                "tasks": len(self._tasks),
+                "tasks": self._prompts(),
             }
             parts = {"tracker": self._tracker.state(), "drawing": self._drawing.state()}
             arrays = {f"{part}.{name}": array for part, found in parts.items() for name, array in found.items()}
@@ -135,9 +142,9 @@ class Desk:
         Raises:
             ValueError: it is of another set of prompts.
         """
-        if about["tasks"] != len(self._tasks):
+        if about["tasks"] != self._prompts():
             raise ValueError(
-                f"tasks: the checkpoint is of {about['tasks']} prompts, and there are {len(self._tasks)} now"
+                "tasks: the checkpoint's record is of other prompts than there are now; go on with those it was made with"
             )
         with self._lock:
             self._next_group = int(about["next_group"])
