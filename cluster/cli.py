@@ -142,7 +142,11 @@ def _outcome(kind: str, summary: Mapping[str, Any]) -> Iterator[str]:
     done = f"{summary['samples']} completions" if kind == "llm" else f"{summary['steps']} steps"
     yield f"{summary['stop_reason']}: {done}, {summary['updates']} updates, {summary['time_s']:.1f} s"
     if kind == "llm" and summary["pass_at_1"] is not None:
-        yield f"last evaluation: pass@1 {summary['pass_at_1']:.3f}, greedy {summary['greedy']:.3f}"
+        before = summary.get("pass_at_1_before")
+        first = (
+            "" if before is None else f"first evaluation: pass@1 {before:.3f}, greedy {summary['greedy_before']:.3f}; "
+        )
+        yield f"{first}last: pass@1 {summary['pass_at_1']:.3f}, greedy {summary['greedy']:.3f}"
         yield f"evaluations took {summary['eval_s']:.1f} s"
     if kind != "llm" and summary["mean_return"] is not None:
         yield f"last evaluation: mean return {summary['mean_return']:.1f} ± {summary['std_return']:.1f}"

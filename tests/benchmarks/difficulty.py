@@ -8,6 +8,7 @@ last all arms have made) and at equal completions sampled (as many as the arm wi
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -50,9 +51,10 @@ class ArmRun:
 
     @property
     def name(self) -> str:
-        """Of its folder: letters, digits and dashes."""
+        """Of its folder: letters, digits and dashes; the last of them follow from the settings, so that others are other runs."""
         words = "".join(c if c.isalnum() else " " for c in self.arm).split()
-        return "-".join([self.subject, *words, str(self.seed)])
+        settings = json.dumps([self.updates, SUBJECTS[self.subject][self.arm], self.more])
+        return "-".join([self.subject, *words, str(self.seed), hashlib.sha1(settings.encode()).hexdigest()[:6]])
 
     def words(self, folder: Path) -> list[str]:
         """What follows `millrace train`."""
@@ -107,13 +109,22 @@ def make(runs: Sequence[ArmRun], folder: Path, jobs: int) -> list[str]:
 
 
 def curve(run: ArmRun, folder: Path) -> dict[str, np.ndarray]:
-    """Evaluations of a run: learner steps, completions sampled before each, seconds, pass@1 and greedy; each (evaluations,)."""
+    """Evaluations of a run: learner steps, completions sampled before each, seconds, pass@1, greedy, and pass@1 of the prompts of
+    4 and 5 numbers; each (evaluations,)."""
     from cluster.charts import Curves
 
     curves = Curves.read(folder / run.name)
     there = np.isfinite(curves.get("eval/pass_at_1"))
-    names = {"step": "eval/step", "samples": "samples", "time_s": "time_s", "pass@1": "eval/pass_at_1"}
-    return {name: curves.get(column)[there] for name, column in (*names.items(), ("greedy", "eval/greedy"))}
+    names = {
+        "step": "eval/step",
+        "samples": "samples",
+        "time_s": "time_s",
+        "pass@1": "eval/pass_at_1",
+        "greedy": "eval/greedy",
+    }
+    found = {name: curves.get(column)[there] for name, column in names.items()}
+    apart = [curves.get(f"eval/{size} numbers/pass_at_1")[there] for size in (4, 5)]
+    return {**found, "apart": np.mean(apart, axis=0)}
 
 
 def table(runs: Sequence[ArmRun], folder: Path) -> list[dict[str, Any]]:
@@ -127,12 +138,22 @@ def table(runs: Sequence[ArmRun], folder: Path) -> list[dict[str, Any]]:
     ]
     found = {(run.arm, run.seed): curve(run, folder) for run in done if run.seed in seeds}
     lines = []
+    # Each seed by itself: as many completions as the arm that sampled fewest with that seed, and as many steps as all have made.
+    least = [min(found[other, seed]["samples"][-1] for other in arms) for seed in seeds]
+    steps = [min(found[other, seed]["step"][-1] for other in arms) for seed in seeds]
+
+    def values(arm: str, axis: str, ends: Sequence[float]) -> np.ndarray:
+        return np.array(
+            [np.interp(end, found[arm, s][axis], found[arm, s]["pass@1"]) for end, s in zip(ends, seeds, strict=True)]
+        )
+
     for arm in arms:
         mine = [found[arm, seed] for seed in seeds]
-        # Each seed by itself: as many completions as the arm that sampled fewest with that seed.
-        least = [min(found[other, seed]["samples"][-1] for other in arms) for seed in seeds]
-        at_samples = np.array([np.interp(n, c["samples"], c["pass@1"]) for n, c in zip(least, mine, strict=True)])
-        at_steps = np.array([c["pass@1"][-1] for c in mine])
+        at_samples, at_steps = values(arm, "samples", least), values(arm, "step", steps)
+        over_samples, over_steps = (
+            at_samples - values(arms[0], "samples", least),
+            at_steps - values(arms[0], "step", steps),
+        )
         waste = [float(_last(folder / run.name, "waste/share")) for run in done if run.arm == arm and run.seed in seeds]
         lines.append(
             {
@@ -142,6 +163,11 @@ def table(runs: Sequence[ArmRun], folder: Path) -> list[dict[str, Any]]:
                 "pass_at_1_before": float(np.mean([c["pass@1"][0] for c in mine])),
                 "pass_at_1_at_equal_steps": float(at_steps.mean()),
                 "error_at_equal_steps": _error(at_steps),
+                "over_first_arm_at_equal_steps": float(over_steps.mean()),
+                "error_over_first_arm_at_equal_steps": _error(over_steps),
+                "over_first_arm_at_equal_completions": float(over_samples.mean()),
+                "error_over_first_arm_at_equal_completions": _error(over_samples),
+                "pass_at_1_of_4_and_5_numbers": float(np.mean([c["apart"][-1] for c in mine])),
                 "greedy_at_equal_steps": float(np.mean([c["greedy"][-1] for c in mine])),
                 "completions_compared": float(np.mean(least)),
                 "pass_at_1_at_equal_completions": float(at_samples.mean()),
@@ -171,13 +197,19 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
     def cell(mean: float, error: float | None) -> str:
         return f"{mean:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
-    text = "| arm | pass@1 before | at equal steps | at equal completions | completions | tokens wasted | seconds |\n"
-    text += "|---|---|---|---|---|---|---|\n"
+    text = "| arm | pass@1 before | at equal steps | over the first arm | at equal completions | over the first arm "
+    text += "| 4 and 5 numbers | completions | tokens wasted | seconds |\n"
+    text += "|---|---|---|---|---|---|---|---|---|---|\n"
     for line in lines:
         steps = cell(line["pass_at_1_at_equal_steps"], line["error_at_equal_steps"])
         samples = cell(line["pass_at_1_at_equal_completions"], line["error_at_equal_completions"])
+        over_steps = cell(line["over_first_arm_at_equal_steps"], line["error_over_first_arm_at_equal_steps"])
+        over_samples = cell(
+            line["over_first_arm_at_equal_completions"], line["error_over_first_arm_at_equal_completions"]
+        )
         text += (
-            f"| {line['arm']} | {line['pass_at_1_before']:.3f} | {steps} | {samples} | {line['completions']:,.0f} | "
+            f"| {line['arm']} | {line['pass_at_1_before']:.3f} | {steps} | {over_steps} | {samples} | {over_samples} | "
+            f"{line['pass_at_1_of_4_and_5_numbers']:.3f} | {line['completions']:,.0f} | "
             f"{100 * line['waste']:.0f} % | {line['seconds']:.0f} |\n"
         )
     return text
@@ -234,7 +266,7 @@ def main(words: Sequence[str]) -> int:
         return 130
     lines = table(runs, folder)
     out = RESULTS if chosen.save else folder
-    (out / f"{chosen.subject}.json").write_text(json.dumps({"lines": lines, "words": list(words)}, indent=1) + "\n")
+    (out / f"{chosen.subject}.json").write_text(json.dumps({"lines": lines, "settings": more}, indent=1) + "\n")
     (out / f"{chosen.subject}.md").write_text(markdown(lines))
     for path in draw(chosen.subject, runs, folder, out):
         _say(f"drawn: {path}")
