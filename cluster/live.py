@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -25,7 +26,7 @@ _NARROW = 76
 Row = Mapping[str, float | None]
 
 
-class LiveTable:
+class LiveTable(ABC):
     """Shows the newest metrics row of a run, and lines of text above it; what is shown is up to the kind of run.
 
     With no console given it writes to stdout; `Console(stderr=True)` leaves stdout to a program's own output, as `--json`
@@ -62,21 +63,21 @@ class LiveTable:
 
     # ------------------------------------------------------- of the kind of run
 
+    @abstractmethod
     def title(self) -> str:
         """What stands above the table."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pairs(self) -> list[tuple[str, str]]:
         """What the table shows: names with their values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cells(self) -> Sequence[str]:
         """The newest row in columns of fixed width."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop_at(self) -> int | None:
         """The progress at which the run ends."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ showing
 
