@@ -225,6 +225,8 @@ class LlmHeadWorker(RunHead):
         for child in self._children.of("actor"):
             self._examples.add(child.status.pop("examples", ()), step=self._head.step)
         self._recorder.row(self._head.tick(LlmTick(**self._moment(), desk=self._desk.metrics())))
+        if (barren := self._head.barren()) is not None:
+            self._recorder.event("warning", barren)
 
     def _stall(self) -> str | None:
         """As `RunHead._stall`; while the supervised phase tells of its steps nothing is stuck."""

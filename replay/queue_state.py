@@ -40,6 +40,8 @@ _COUNTS = (
     "delivered_rows",
     "delivered_groups",
     "restoring",  # 1 while groups are being restored: a process that finds it begins anew
+    "dropped_used_rows",  # here, since the log has the counts by their places
+    "dropped_used_groups",
 )
 _INTERNAL = ("number", "restoring")
 Leases = Sequence[tuple[int, int]]  # (lease, group)
@@ -208,12 +210,13 @@ class QueueState:
         self._commit("queue.consume")
 
     def drop(self, groups: Sequence[Group], reason: Literal["stale", "incomplete"]) -> None:
-        """Drop groups for good, and count them."""
+        """Drop groups for good, and count them: those that are stale but were used before as `used`."""
         self._make_room()
         self._append(DROP, {"groups": [g.name for g in groups]})
         for group in groups:
-            self.counts[f"dropped_{reason}_rows"] += group.rows
-            self.counts[f"dropped_{reason}_groups"] += 1
+            kind = "used" if reason == "stale" and group.consumed else reason
+            self.counts[f"dropped_{kind}_rows"] += group.rows
+            self.counts[f"dropped_{kind}_groups"] += 1
             self._remove(group)
         self.waiting = [g for g in self.waiting if g.waits]
         self._commit("queue.drop")

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.books import STALL_S
 from cluster.files import without_nonfinite
-from cluster.llm.head import LlmEvaluation, LlmHead, LlmTick
+from cluster.llm.head import BARREN_BATCHES, LlmEvaluation, LlmHead, LlmTick, with_settings
 from configs.llm import LlmConfig
 
 COUNTERS = ("tokens", "groups", "kept_groups", "passes", "scored", "unscored", "cut_off", "failed")
@@ -226,3 +226,60 @@ def test_desk_metrics_are_part_of_the_row_and_figures_may_be_missing() -> None:
     assert not head.evaluated(nothing)
     assert head.best == 0.1
     assert not head.evaluated(evaluation(6, 0.05))
+
+
+def test_sampling_from_which_nothing_can_be_learnt_is_told_once_and_again_after_progress() -> None:
+    head = make_head(learners={"batch_groups": 4})
+    enough = BARREN_BATCHES * 4
+
+    def told(kept: int = 0, updates: int = 0, reason: str = "", **fates: int) -> str | None:
+        counts = {f"{fate}_groups": count for fate, count in fates.items()}
+        status = actor(1, groups=kept + sum(fates.values()), kept_groups=kept, unscored_reason=reason, **counts)
+        head.tick(LlmTick(1.0, {"actor 0": status}, learner=learner(updates)))
+        return head.barren()
+
+    assert told(too_hard=enough - 1) is None
+    line = told(too_hard=enough - 8, too_easy=2, unscored=6, reason="verifier v raised " + "x" * 900)
+    assert line is not None
+    assert line.startswith(
+        f"no group was kept of the last {enough}: 80 % too hard, 5 % too easy, 15 % unscored (last reason: verifier v raised"
+    )
+    assert "warm_start.steps" in line
+    assert len(line) < 1_000
+    assert told(too_hard=3 * enough) is None  # once
+    assert told(kept=1, too_hard=3 * enough) is None
+    assert told(kept=1, too_hard=3 * enough, unscored=enough - 1) is None
+    line = told(kept=1, too_hard=3 * enough, unscored=enough, reason="verifier v is not there")
+    assert line is not None
+    assert (
+        "0 % too hard, 0 % too easy, 100 % unscored (last reason: verifier v is not there); the verifier fails" in line
+    )
+    assert told(kept=1, too_hard=3 * enough, unscored=enough, updates=1) is None  # a learner step is progress as well
+    line = told(kept=1, too_hard=3 * enough, unscored=enough, too_easy=enough, updates=1)
+    assert line is not None
+    assert "100 % too easy" in line
+    assert "curriculum.high" in line
+    again = make_head(state=json.loads(json.dumps(head.state())), learners={"batch_groups": 4})
+    assert again.barren() is None  # what was sampled before the stop is not told again
+    assert again.counts.too_hard_groups == 3 * enough
+
+
+def test_sampled_tokens_per_second_are_those_of_all_actors_between_two_rows() -> None:
+    head = make_head()
+    head.tick(LlmTick(1.0, {"actor 0": actor(1, tokens=10)}, first_step=0.5))
+    actors = {"actor 0": actor(2, tokens=50), "actor 1": actor(2, tokens=60)}
+    row = head.tick(LlmTick(6.0, actors, first_step=0.5))
+    assert row["sampled_tokens_per_s"] == 100.0 / 5.0
+
+
+@pytest.mark.parametrize(
+    ("limit", "setting"), [("capacity_bytes", "replay.capacity_mb"), ("max_message_bytes", "replay.capacity_mb")]
+)
+def test_a_limit_of_a_queue_is_told_with_the_setting_it_follows_from(limit: str, setting: str) -> None:
+    assert setting in with_settings(f"actor 0 waits for readers to take groups: {limit} is 9")
+    assert with_settings("nothing of the kind") == "nothing of the kind"
+    head = make_head()
+    waiting = {"actor 0": actor(8, waiting_for=f"readers of queue 'q' to take groups: {limit} is 9")}
+    head.tick(LlmTick(1.0, waiting))
+    head.tick(LlmTick(2.0 + STALL_S, waiting))
+    assert setting in (head.stall() or "")

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from actors.llm.rollout import Example
+from cluster.charts import Curves
 from cluster.llm import report
 from cluster.llm.examples import FILE, MOST_PER_STEP, ExampleFile, read_examples
 from cluster.llm.live import LlmLive
@@ -45,6 +46,7 @@ def a_row(tick: int, families: tuple[str, ...]) -> dict[str, float | None]:
         "unscored": 2 * tick,
         "failed": 3 if tick > 5 else 0,
         "samples_per_s": 100.0,
+        "sampled_tokens_per_s": 900.0,
         "decode_tokens_per_s": 5000.0,
         "learner_tokens_per_s": 3000.0,
         "waiting_groups": 2,
@@ -52,6 +54,7 @@ def a_row(tick: int, families: tuple[str, ...]) -> dict[str, float | None]:
         "waste/too_hard": 0.3,
         "waste/too_easy": 0.1,
         "waste/stale": 0.0,
+        "waste/unscored": 0.02,
         "loss": 0.1,
         "tokens": 77.0,
         "entropy": 1.5,
@@ -193,11 +196,19 @@ def test_figures_are_those_of_the_metrics(html: str, shown: str) -> None:
         *("Reward of what is learnt from", "Entropy", "Length of completions", "Cut off at the most tokens"),
         *("Clipped tokens", "Gradient norm before clipping", "Loss", "Age of tokens at their update"),
         *("Log-probabilities: actor against learner, same weights", "Completions per second"),
-        *("Tokens per second by phase", "Groups that wait for the learner"),
+        *("Tokens per second", "Groups that wait for the learner"),
     ],
 )
 def test_every_curve_is_there(html: str, title: str) -> None:
     assert f"<figcaption>{title}</figcaption>" in html
+
+
+def test_what_nobody_could_judge_is_waste_too_and_tokens_are_those_of_the_whole_system(tmp_path: Path) -> None:
+    curves = Curves.read(make_run(tmp_path, "a"))
+    (waste,) = (c for c in report._curriculum_charts(curves) if c.title == "Tokens thrown away, and why")
+    assert {line.label: line.y[-1] for line in waste.series}["nobody could judge"] == 0.02
+    (tokens,) = (c for c in report._throughput_charts(curves) if c.title == "Tokens per second")
+    assert {line.label: line.y[-1] for line in tokens.series}["sampled, over the whole system"] == 900.0
 
 
 def test_completions_are_text_whatever_they_hold(html: str) -> None:

@@ -24,6 +24,7 @@ from actors.llm.rollout import EXAMPLES, MOST_FAILED, GroupRollout, GroupWriter
 from actors.llm.tasks import Task
 from actors.llm.verifiers.pool import VerifierPool
 from cluster.curriculum.filter import GroupFilter
+from cluster.llm.parts import actor_status
 from configs.llm import ModelSettings, SamplingSettings
 from learners.llm.log_probs import token_log_probs
 from learners.llm.models import Model, make_model, weights_bytes
@@ -253,6 +254,11 @@ def test_a_group_that_cannot_be_judged_is_dropped_after_twice_its_size(tmp_path:
         assert [g.column("group")[0].as_py() for g in one.rows()] == [1]
         stats = one.rollout.stats()
         assert (stats["unscored"], stats["scored"], stats["groups"], stats["kept_groups"]) == (4 * SIZE, SIZE, 3, 1)
+        assert (stats["unscored_groups"], stats["too_hard_groups"], stats["too_easy_groups"]) == (2, 0, 0)
+        assert (stats["verifier/errors"], stats["verifier/deaths"]) == (4 * SIZE, 0)
+        status = actor_status(one.rollout, None)
+        assert status["unscored_reason"] == one.rollout.unscored_reason
+        assert "no opinion" in status["unscored_reason"]
 
 
 def test_the_filter_decides_by_passes_and_every_assignment_has_one_outcome(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,14 @@ from cluster.runs import RunFolder
 from configs.llm import LlmConfig
 from configs.load import load_run
 from learners.llm.models import load_weights
-from learners.llm.rows import TABLE
+from learners.llm.rows import TABLE, Completion, to_rows
 from replay.queue_snapshot import queue_files
+from replay.queue_writers import CallQueueWriter
+from replay.queues import Queue
 from tests import runs_for_tests as runs
 
 BY_CLOCK = re.compile(r"time(_s|/.*)|wall_s|.*_per_s|eval/seconds")  # columns read from a clock
-EVEN, FRAGILE = (f"tests.verifiers_for_tests:{name}" for name in ("even", "fragile"))
+EVEN, FRAGILE, BROKEN = (f"tests.verifiers_for_tests:{name}" for name in ("even", "fragile", "broken"))
 GROUPS, SIZE = 3, 4
 SMALL = f"""
     --mode sync --report_every_s 600 --model.layers 1 --model.width 16 --model.heads 2 --model.inner 16 --warm_start.steps 4
@@ -325,3 +328,62 @@ def test_weights_are_held_back_and_groups_used_several_times_as_was_asked_for(sy
     last = rows(run.path)[-1]
     assert last["consumed_groups"] == 8 * GROUPS
     assert last["inserted_groups"] - last["waiting_groups"] <= 4 * GROUPS
+
+
+def test_a_verifier_that_always_fails_is_told_with_its_reason(sync: Trained) -> None:
+    settings = ["--report_every_s", "0.2", "--stop.samples", "400", "--eval.every", "0", "--warm_start.steps", "0"]
+    run = sync("--name", "a", *settings, "--tasks.retries", "0", verifier=BROKEN)
+    assert run.summary["updates"] == run.summary["kept_groups"] == 0
+    (told,) = (e["text"] for e in runs.events(run.path, "warning") if "no group was kept" in e["text"])
+    assert "100 % unscored (last reason: " in told
+    assert "no opinion" in told
+    assert "tasks.verifier" in told
+
+
+def test_what_waits_is_learnt_from_before_more_is_sampled(sync: Trained) -> None:
+    """One decode step finishes up to four batches here."""
+    settings = ["--name", "a", "--actors.slots", "48", "--sampling.max_tokens", "2", "--curriculum.filter", "none"]
+    run = sync(*settings, "--stop.updates", "24", "--eval.every", "0", "--warm_start.steps", "0")
+    found = rows(run.path)
+    slots_groups = 48 // SIZE
+    assert max(row["waiting_groups"] for row in found) <= slots_groups + GROUPS
+    assert max(row["staleness/max"] for row in found if "loss" in row) <= slots_groups // GROUPS + 1
+    assert found[-1]["dropped_stale_groups"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--tasks.verifier", "no_such_module:fn"], r"no_such_module cannot be imported.*correct the name"),
+        (["--tasks.verifier", "tests.verifiers_for_tests:nothing"], "has no nothing"),
+        (["--algorithm.advantage", "no_such_module:fn"], "algorithm.advantage"),
+        (["--algorithm.loss", "tests.verifiers_for_tests:nothing"], "algorithm.loss"),
+        (["--sampling.engine", "no_such_module:Class"], "sampling.engine"),
+        (["--sampling.engine", "collections:Counter"], "submit.*missing"),
+        (["--replay.capacity_mb", "1", "--sampling.max_tokens", "9000"], r"replay.capacity_mb: expected at least 3,"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_run_begins(tmp_path: Path, settings: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(config_of(tmp_path, "--name", "a", *settings), show=lambda *_: None)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_batch_fits_into_the_memory_that_the_refusal_asks_for(tmp_path: Path) -> None:
+    largest = ["--sampling.max_tokens", "9000"]
+    config = config_of(tmp_path, "--replay.capacity_mb", "3", *largest)
+    assert not any("end the run" in line for line in parts.check(config))
+    rows_of_one = [
+        Completion(
+            group=0, index=index, task=0, family="2 numbers", seed=1, finish="length", reward=0.0, passed=False,
+            prompt=np.zeros(16, np.int32), tokens=np.zeros(9000, np.int32), log_probs=np.zeros(9000, np.float32),
+            kept=np.zeros(9000, np.float32), versions=np.ones(9000, np.int32),
+        )
+        for index in range(SIZE)
+    ]  # fmt: skip
+    queue = Queue(parts.queue_spec(config), tmp_path / "queue")
+    writer = CallQueueWriter(queue)
+    for group in range(GROUPS):
+        writer.append(to_rows([replace(one, group=group) for one in rows_of_one]))
+    assert queue.waiting_groups == GROUPS
+    queue.close(remove=True)

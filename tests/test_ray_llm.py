@@ -119,7 +119,7 @@ class Ledger:
     counts: dict[str, Any]  # of the head
     version: int
 
-    def check(self, *, lost: int = 0) -> None:
+    def check(self, *, lost: float = 0) -> None:
         """The parts agree; `lost` are learner steps whose weights went with a learner."""
         counters = self.counters
         assert counters["consumed_groups"] == BATCH * (self.updates + lost), (
@@ -329,7 +329,7 @@ def test_two_of_each_share_the_work_and_one_that_stands_still_holds_up_nobody(
     (restart,) = runs.events(run, "restart")
     assert "learner 1 died; 2 new learners go on from update" in restart["text"]
     last = ledger(runs.newest_checkpoint(run))
-    lost = last.counters["consumed_groups"] // BATCH - last.updates
+    lost = last.counters["consumed_groups"] / BATCH - last.updates
     # A learner that has learnt from its half of a batch may have died before it could say so.
     last.check(lost=lost)
     wait_until_gone(ray_cluster)

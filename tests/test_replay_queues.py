@@ -126,7 +126,7 @@ class Model:
         self.times, self.lag, self.limit = times, lag, limit
         self.open: dict[tuple[str, int], Begun] = {}
         self.complete: list[Begun] = []
-        self.stale = self.incomplete = self.consumed = self.delivered = self.delivered_rows = 0
+        self.stale = self.used = self.incomplete = self.consumed = self.delivered = self.delivered_rows = 0
 
     def waiting(self) -> list[Begun]:
         return [g for g in self.complete if g.consumed + g.leased < self.times]
@@ -148,7 +148,8 @@ class Model:
         for group in self.waiting():
             if group.version < version - self.lag:
                 self.complete.remove(group)
-                self.stale += 1
+                self.used += group.consumed > 0
+                self.stale += group.consumed == 0
             elif len(picked) < count:
                 picked.append(group)
             if len(picked) == count:
@@ -272,7 +273,7 @@ def test_a_queue_does_what_the_model_says_and_comes_back_so(
         assert stats["groups"] == len(model.open) + len(model.complete)
         assert stats["rows"] == sum(len(g.rows) for g in [*model.open.values(), *model.complete])
         assert stats["leased_groups"] == sum(len(leases) for leases, _ in deliveries)
-        assert stats["dropped_stale_groups"] == model.stale
+        assert (stats["dropped_stale_groups"], stats["dropped_used_groups"]) == (model.stale, model.used)
         assert stats["dropped_incomplete_groups"] == model.incomplete
         assert stats["consumed_groups"] == model.consumed
         assert (stats["delivered_groups"], stats["delivered_rows"]) == (model.delivered, model.delivered_rows)
@@ -732,6 +733,29 @@ def test_a_group_sampled_twice_is_in_two_batches(tmp_path: Path, shards: int) ->
     sampler.close()
 
 
+def test_a_group_that_was_used_and_then_grows_too_old_is_no_stale_one(path: Path) -> None:
+    spec = make_spec(times_sampled=2, max_policy_lag=0)
+    queue = opened(spec, path)
+    writer = CallQueueWriter(queue)
+    writer.append(whole(0, version=1))
+    assert take(queue, version=1) == [0, 1]
+    writer.append(whole(1, version=1))
+    queue.close(remove=False)  # all that a killed process would leave
+    queue = opened(spec, path)
+    assert take(queue, version=2) is None
+    counts = {name: value for name, value in queue.stats().items() if name.startswith("dropped") and value}
+    assert counts == {
+        "dropped_used_groups": 1,
+        "dropped_used_rows": 2,
+        "dropped_stale_groups": 1,
+        "dropped_stale_rows": 2,
+    }
+    queue.close(remove=False)
+    queue = opened(spec, path)
+    assert queue.stats()["dropped_used_groups"] == 1
+    queue.close(remove=True)
+
+
 def test_what_the_shard_refuses_surfaces_at_the_client(path: Path) -> None:
     with served(path) as (queue, address):
         with pytest.raises(flight.FlightServerError, match="no queue 'other'"):
@@ -1048,7 +1072,9 @@ def test_groups_of_completions_over_two_shards_that_are_killed(tmp_path: Path) -
     assert used.keys() <= everything
     assert left == {group: used[group] for group in left}, "what is consumed is what was acknowledged"
     assert total["inserted_groups"] == len(everything) == len(inserted[0] + inserted[1])
-    assert total["dropped_stale_groups"] == len(dropped) > 0
+    assert total["dropped_stale_groups"] + total["dropped_used_groups"] == len(dropped) > 0
+    assert total["dropped_used_groups"] <= len(dropped & used.keys())
+    assert total["dropped_stale_groups"] >= len(dropped - used.keys())
     assert total["incomplete_groups"] == total["dropped_incomplete_groups"] == 0, (
         "a message is there whole or not at all"
     )

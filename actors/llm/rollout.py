@@ -27,6 +27,7 @@ from learners.llm.tokenizers import Tokenizer
 IDLE_S = 0.01  # how long a step waits for verdicts where nothing is to be decoded
 Ticket = tuple[int, int]  # group, index
 EXAMPLES = 64  # completions kept for the report until they are fetched
+FAILURES = ("errors", "timeouts", "deaths", "restarts")  # of a verifier pool's counts
 MOST_FAILED = 64  # prompts that fail before any did not, after which sampling on is hopeless
 
 
@@ -113,7 +114,8 @@ class GroupRollout:
         self._examples: deque[Example] = deque(maxlen=EXAMPLES)
         self._counts = dict.fromkeys(
             ("samples", "tokens", "groups", "kept_groups", "passes", "scored", "unscored", "cut_off", "failed"), 0
-        )
+        ) | {f"{fate}_groups": 0 for fate in ("too_hard", "too_easy", "unscored")}
+        self._unscored_reason = ""
         self._begun = 0
         self._seconds = dict.fromkeys(("decode_s", "verify_s", "write_s", "idle_s", "wall_s"), 0.0)
 
@@ -123,6 +125,11 @@ class GroupRollout:
     def version(self) -> int:
         """Policy version that the engine samples with, 0 before the first weights."""
         return self._engine.version
+
+    @property
+    def unscored_reason(self) -> str:
+        """Why the last completion that nobody could judge was not judged; empty before there is one."""
+        return self._unscored_reason
 
     def set_weights(self, version: int, data: bytes) -> None:
         """Newer weights; the engine takes them between two decode steps, or later where they are held back."""
@@ -177,11 +184,13 @@ class GroupRollout:
         return found
 
     def stats(self) -> dict[str, float]:
-        """Cumulative: completions and tokens sampled, groups ended and kept, completions judged, passed, dropped as unscored, cut
-        off at the most tokens; prompts that failed; seconds of `step`: decoding, handing to and waiting for verifiers, writing, idle,
-        and in all."""
+        """Cumulative: completions and tokens sampled, groups ended, kept, and dropped for each reason, completions judged, passed,
+        dropped as unscored, cut off at the most tokens; prompts that failed; failures of verifiers; seconds of `step`: decoding,
+        handing to and waiting for verifiers, writing, idle, and in all."""
         running = {"running": float(self._engine.running), "waiting": float(self._engine.waiting)}
-        return {**self._counts, **self._seconds, **running, **self._engine.stats()}
+        judging = self._verifiers.counts()
+        failures = {f"verifier/{name}": float(judging[name]) for name in FAILURES}
+        return {**self._counts, **self._seconds, **running, **failures, **self._engine.stats()}
 
     def close(self) -> None:
         """End the verifiers and the writer; groups that are not whole are dropped."""
@@ -260,6 +269,7 @@ class GroupRollout:
         group.open -= 1
         if isinstance(verdict, Unscored):
             self._counts["unscored"] += 1
+            self._unscored_reason = verdict.reason
             # Another completion takes its place, so that the group stays whole; but not without end.
             if group.next_index < 2 * self._group_size:
                 self._request(group, 1)
@@ -318,7 +328,7 @@ class GroupRollout:
             began = time.perf_counter()
             self._writer.append(to_rows(group.done))
             self._seconds["write_s"] += time.perf_counter() - began
-            self._counts["kept_groups"] += 1
+        self._counts[f"{fate}_groups"] += 1
         self._outcomes.append(
             Outcome(one.group, one.number, passes, attempts, group.completions, group.tokens, fate, one.hint)
         )

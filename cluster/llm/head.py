@@ -8,13 +8,42 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from textwrap import shorten
 from typing import Any, ClassVar
 
 from cluster.books import Books, CommonCounts, Moment, Stats
 from configs.llm import LlmConfig
 
 # Counter of an actor's status → field of the counts.
-_ACTOR_COUNTS = ("samples", "tokens", "groups", "kept_groups", "passes", "scored", "unscored", "cut_off", "failed")
+_FATES = ("too_hard_groups", "too_easy_groups", "unscored_groups")  # of groups that are not kept
+_ACTOR_COUNTS = (
+    "samples",
+    "tokens",
+    "groups",
+    "kept_groups",
+    *_FATES,
+    "passes",
+    "scored",
+    "unscored",
+    "cut_off",
+    "failed",
+)
+_REASON = 300  # most characters of a verifier's failure that are told
+BARREN_BATCHES = 10  # learner steps' worth of groups that end with none kept before that is told
+_REMEDIES = {
+    "too_hard_groups": "the model passes too seldom to learn from: give it a supervised start (warm_start.steps, or a trained "
+    "model.path), easier prompts (tasks.kwargs) or hints (algorithm.hints.shares), or widen the band (curriculum.low)",
+    "too_easy_groups": "the prompts are too easy to learn from: take harder ones (tasks.kwargs), or widen the band "
+    "(curriculum.high)",
+    "unscored_groups": "the verifier fails: correct it (tasks.verifier), or raise its limits (tasks.timeout_s, tasks.memory_mb)",
+}
+# Limit of a queue that a message names → the setting it follows from.
+_LIMITS = {
+    "capacity_bytes": "capacity_bytes is replay.capacity_mb divided by replay.shards",
+    "max_message_bytes": "max_message_bytes is a quarter of replay.capacity_mb divided by replay.shards, and 16 MiB at most; a "
+    "group is one message",
+    "max_waiting_groups": "max_waiting_groups is replay.max_waiting_groups divided by replay.shards",
+}
 
 
 @dataclass
@@ -25,6 +54,9 @@ class LlmCounts(CommonCounts):
     tokens: int = 0  # of them
     groups: int = 0  # whole groups that came to an end
     kept_groups: int = 0  # of those, written to the replay service
+    too_hard_groups: int = 0  # of those, below the band
+    too_easy_groups: int = 0  # above it
+    unscored_groups: int = 0  # without enough completions that somebody could judge
     scored: int = 0  # completions judged
     passes: int = 0  # of those, passed
     unscored: int = 0  # completions dropped because nobody could judge them
@@ -32,7 +64,7 @@ class LlmCounts(CommonCounts):
     failed: int = 0  # prompts that could not be sampled
     inserted_groups: int = 0  # taken in by the shards
     consumed_groups: int = 0  # used by the learners, and acknowledged
-    dropped_stale_groups: int = 0
+    dropped_stale_groups: int = 0  # too old, and never used
     trained_samples: int = 0  # completions sampled while throughput was reckoned
 
 
@@ -98,6 +130,11 @@ class LlmHead(Books):
         self.first: dict[str, float] = {} if state is None else dict(state["first"])
         self._first_asked = False
         self._before = self._work_done()
+        self._new_tokens = 0  # sampled between the last two ticks
+        self._fruitful = self._fruits  # as `barren` has last seen them
+        self._ended_before = self._ended  # groups that had ended by then
+        self._barren_told = False
+        self._unscored_reason = ""
 
     # ------------------------------------------------------------------- units
 
@@ -116,11 +153,13 @@ class LlmHead(Books):
     # ------------------------------------------------------------------- ticks
 
     def _take_in(self, tick: Moment) -> None:
-        counts = self.counts
+        counts, tokens_before = self.counts, self.counts.tokens
         for name, stats in tick.actors.items():
+            self._unscored_reason = stats.get("unscored_reason") or self._unscored_reason
             for key in _ACTOR_COUNTS:
                 setattr(counts, key, getattr(counts, key) + int(self._delta(name, stats, key)))
             self._add_seconds("actor", name, stats, "")
+        self._new_tokens = counts.tokens - tokens_before
 
     def _counted(self) -> dict[str, float]:
         found = asdict(self.counts)
@@ -133,7 +172,7 @@ class LlmHead(Books):
 
     def _trained(self, work: int, seconds: float) -> dict[str, float]:
         self.counts.trained_samples += work
-        return {"samples_per_s": work / seconds}
+        return {"samples_per_s": work / seconds, "sampled_tokens_per_s": self._new_tokens / seconds}
 
     def _row(self, tick: Moment) -> dict[str, float]:
         assert isinstance(tick, LlmTick)
@@ -172,6 +211,40 @@ class LlmHead(Books):
         if more["update_s"] > 0 and more["updates"] > 0 and "tokens" in tick.learner_metrics:
             found["learner_tokens_per_s"] = tick.learner_metrics["tokens"] * more["updates"] / more["update_s"]
         return found
+
+    # --------------------------------------------------------------- warnings
+
+    def stall(self) -> str | None:
+        """As `Books.stall`, with the settings that the limits it names follow from."""
+        told = super().stall()
+        return None if told is None else with_settings(told)
+
+    @property
+    def _fruits(self) -> tuple[int, int]:
+        return self.counts.kept_groups, self.counts.updates
+
+    @property
+    def _ended(self) -> dict[str, int]:
+        return {name: getattr(self.counts, name) for name in ("groups", *_FATES)}
+
+    def barren(self) -> str | None:
+        """A line, once, when nothing was to be learnt from so many groups that `BARREN_BATCHES` batches could have been; else None.
+
+        A group that is kept, or a learner step, begins anew.
+        """
+        if self._fruits != self._fruitful:
+            self._fruitful, self._ended_before, self._barren_told = self._fruits, self._ended, False
+        ended = {name: count - self._ended_before[name] for name, count in self._ended.items()}
+        groups = ended.pop("groups")
+        if self._barren_told or groups < BARREN_BATCHES * self.config.learners.batch_groups:
+            return None
+        self._barren_told = True
+        shares = [
+            f"{100 * count / groups:.0f} % {name.removesuffix('_groups').replace('_', ' ')}"
+            for name, count in ended.items()
+        ]
+        reason = f" (last reason: {shorten(self._unscored_reason, _REASON)})" if self._unscored_reason else ""
+        return f"no group was kept of the last {groups}: {', '.join(shares)}{reason}; {_REMEDIES[max(ended, key=ended.__getitem__)]}"
 
     # --------------------------------------------------------------- decisions
 
@@ -231,6 +304,12 @@ class LlmHead(Books):
             "best_pass_at_1": self.best,
             "samples_per_s": counts.trained_samples / counts.trained_s if counts.trained_s > 0 else None,
         }
+
+
+def with_settings(text: str) -> str:
+    """`text` with the settings that the limits of a queue which it names follow from."""
+    found = [told for limit, told in _LIMITS.items() if limit in text.replace(f"replay.{limit}", "")]
+    return "; ".join([text, *found])
 
 
 def _sum(statuses: Mapping[str, Stats], key: str) -> float:

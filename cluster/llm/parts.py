@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 FIRST_VERSION = 1  # 0 stands for no weights yet
 DESK, TRACKER = "desk.json", "tracker.safetensors"
+_TOKEN_BYTES = 16  # of the queue for a token: its number, its log-probability, the share kept of it, its version
+_ROW_BYTES = 200  # for everything else of a completion, about
+_GROUP_BYTES = 384  # that a queue counts for each delivery of a group
 _ROLES = ("tasks", "model", "learner", "desk", "warm_start", "teacher")
 
 
@@ -51,7 +54,8 @@ def check(config: LlmConfig) -> list[str]:
     """Look for what would keep the run from starting. Returns lines worth saying at the start.
 
     Raises:
-        ValueError: a package, a file or a device is missing, or prompts or model cannot be used.
+        ValueError: a package, a file or a device is missing, prompts or model cannot be used, a verifier or another function or
+            class of the user cannot be imported, or a shard cannot hold what a learner step needs.
     """
     missing = [name for name in ("transformers", *(["peft"] if config.model.lora_rank else [])) if not _is_there(name)]
     if missing:
@@ -72,6 +76,9 @@ def check(config: LlmConfig) -> list[str]:
         f"{len(train)} prompts to train on and {len(held_out)} held out, of the families {', '.join(train.families)}",
         group_filter(config).text,
     ]
+    _check_own(config)
+    _check_verifiers({task.verifier for tasks in (train, held_out) for task in tasks})
+    lines += _check_capacity(config, max(len(task.prompt) for task in train))
     unknown = set(config.eval.families) - set(held_out.families)
     if unknown and config.eval.every:
         raise ValueError(
@@ -79,6 +86,61 @@ def check(config: LlmConfig) -> list[str]:
             f"{', '.join(sorted(unknown))}"
         )
     return lines
+
+
+def _check_own(config: LlmConfig) -> None:
+    """Import what is the user's own, so that nothing is trained before it is found missing; ModuleError is a ValueError."""
+    from learners.classes import load_class, load_function
+
+    algorithm, engine = config.algorithm, config.sampling.engine
+    if ":" in algorithm.advantage:
+        load_function(algorithm.advantage, "algorithm.advantage", ("reward", "group", "passed"))
+    if ":" in algorithm.loss:
+        load_function(algorithm.loss, "algorithm.loss", ("tokens",))
+    if ":" in engine:
+        from actors.llm.engine import Engine
+
+        demanded = [name for name in vars(Engine) if not name.startswith("_")]
+        load_class(engine, "sampling.engine", methods=demanded)
+
+
+def _check_verifiers(names: Collection[str]) -> None:
+    from actors.llm.verifiers.verdict import load_verifier
+
+    for name in sorted(names):
+        try:
+            load_verifier(name)
+        except Exception as error:  # importing runs the user's code: anything may come
+            raise ValueError(
+                f"tasks.verifier: {error}; correct the name, or start where its module can be imported (now {Path.cwd()})"
+            ) from error
+
+
+def _check_capacity(config: LlmConfig, prompt: int) -> list[str]:
+    """Refuse shards that could not hold one batch if all its completions had the most tokens. Returns what else may not fit.
+
+    prompt: characters of the longest; tokens are seldom more.
+    """
+    spec, shards, size = queue_spec(config), config.replay.shards, config.sampling.group_size
+    row = _TOKEN_BYTES * config.sampling.max_tokens + 4 * prompt + _ROW_BYTES
+    group = size * row + _GROUP_BYTES * spec.times_sampled
+    groups = -(-config.learners.batch_groups // min(shards, config.actors.count))  # of a batch, in one shard
+    # A group is one message, which may be as large as a quarter of the capacity.
+    wanted = max(groups, 4) * group
+    if wanted > spec.capacity_bytes:
+        raise ValueError(
+            f"replay.capacity_mb: expected at least {-(-wanted * shards >> 20)}, received {config.replay.capacity_mb}: a learner "
+            f"step uses {config.batch_rows} completions of up to sampling.max_tokens ({config.sampling.max_tokens}) tokens, about "
+            f"{row} bytes each with their prompts, and a shard holds its part of them, and four groups at least; raise it, or "
+            "lower learners.batch_groups, sampling.group_size or sampling.max_tokens"
+        )
+    if group <= spec.message_bytes:
+        return []
+    return [
+        f"a group of {size} completions of {config.sampling.max_tokens} tokens would have {group} bytes, more than the "
+        f"{spec.message_bytes} that the queue takes at once, and end the run; lower sampling.group_size or sampling.max_tokens if "
+        "completions come to be so long"
+    ]
 
 
 def _is_there(name: str) -> bool:
@@ -374,5 +436,6 @@ def writer_name(index: int, incarnation: int) -> str:
 
 
 def actor_status(rollout: GroupRollout, waiting_for: str | None) -> dict[str, Any]:
-    """Counters of an actor, and what it waits for."""
-    return {**rollout.stats(), "version": rollout.version, "waiting_for": waiting_for}
+    """Counters of an actor, what it waits for, and why the last completion that nobody could judge was not judged."""
+    more = {"version": rollout.version, "waiting_for": waiting_for, "unscored_reason": rollout.unscored_reason}
+    return {**rollout.stats(), **more}

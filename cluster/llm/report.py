@@ -257,6 +257,7 @@ def _curriculum_charts(curves: Curves) -> Iterator[Chart]:
             "too hard": ("waste/too_hard", "orange"),
             "too easy": ("waste/too_easy", "green"),
             "too old": ("waste/stale", "purple"),
+            "nobody could judge": ("waste/unscored", "faint"),
         },
         from_zero=True,
     )
@@ -309,8 +310,12 @@ def _lags(curves: Curves) -> str:
 
 def _throughput_charts(curves: Curves) -> Iterator[Chart]:
     yield from over_time(curves, "Completions per second", "completions/s", "samples_per_s", from_zero=True)
-    names = {"while decoding": ("decode_tokens_per_s", "blue"), "while updating": ("learner_tokens_per_s", "orange")}
-    yield from together(curves, "Tokens per second by phase", "tokens/s", names, from_zero=True)
+    names = {
+        "sampled, over the whole system": ("sampled_tokens_per_s", "green"),
+        "while decoding": ("decode_tokens_per_s", "blue"),
+        "while updating": ("learner_tokens_per_s", "orange"),
+    }
+    yield from together(curves, "Tokens per second", "tokens/s", names, from_zero=True)
     yield from over_time(curves, "Groups that wait for the learner", "groups", "waiting_groups", from_zero=True)
 
 

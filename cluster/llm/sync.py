@@ -1,7 +1,7 @@
 """The one-process mode of language-model runs: sampler, queue and learner called in lock step, without Ray.
 
-    decode one token of every running completion → judge what finished → learn once a batch of groups waits → metrics, evaluation,
-    checkpoint when due
+    learn if a batch of groups waits → else decode one token of every running completion → judge what finished → metrics,
+    evaluation, checkpoint when due
 
 Same seed and settings give the same completions and updates, those things aside that follow a clock.
 """
@@ -19,7 +19,7 @@ from cluster.files import read_json
 from cluster.llm import parts
 from cluster.llm.audits import audits
 from cluster.llm.examples import ExampleFile
-from cluster.llm.head import LlmEvaluation, LlmHead, LlmTick
+from cluster.llm.head import LlmEvaluation, LlmHead, LlmTick, with_settings
 from cluster.recorder import HEAD, LEARNER, Recorder, replay_folder
 from cluster.runs import RunFolder
 from cluster.warned import Warned
@@ -129,8 +129,9 @@ class LlmSyncRun:
         except Exception as error:
             self._tell_warnings()
             who = "learner" if isinstance(error, FloatingPointError) else type(error).__name__
-            self._recorder.event("error", f"{who}: {error}", shown=False)
-            raise RuntimeError(f"{who}: {error}") from error
+            told = with_settings(f"{who}: {error}")
+            self._recorder.event("error", told, shown=False)
+            raise RuntimeError(told) from error
         finally:
             self._warned.close()
             self._recorder.close()
@@ -155,19 +156,24 @@ class LlmSyncRun:
                 self._tick()
 
     def _sample_and_learn(self, stopping: threading.Event) -> bool:
-        """Sample until a learner step was made, or for as long as lies between two metrics rows. Returns whether one was."""
+        """Sample until a learner step was made, or for as long as lies between two metrics rows. Returns whether one was.
+
+        What waits is learnt from before more is sampled: one decode step may finish several batches, which would pile up and grow
+        too old.
+        """
         until = time.monotonic() + self._config.report_every_s
         while time.monotonic() < until and not stopping.is_set():
-            if self._rollout.step() and self._first is None:
-                self._first = time.monotonic()
-            self._desk.record(self._rollout.take_outcomes())
             if self._queue.waiting_groups >= self._config.learners.batch_groups:
                 try:
                     self._loop.step(timeout_s=0.0)
                 except TimeoutError:  # groups among them were too old
-                    continue
-                self._desk.learnt(self._learner.updates)
-                return True
+                    pass
+                else:
+                    self._desk.learnt(self._learner.updates)
+                    return True
+            if self._rollout.step() and self._first is None:
+                self._first = time.monotonic()
+            self._desk.record(self._rollout.take_outcomes())
         return False
 
     def _tick(self, *, ending: bool = False, evaluating: bool = False) -> None:
@@ -189,6 +195,8 @@ class LlmSyncRun:
         )
         self._paused_s = 0.0
         self._recorder.row(self._head.tick(tick))
+        if (barren := self._head.barren()) is not None:
+            self._recorder.event("warning", barren)
         self._examples.add(self._rollout.examples(), step=self._head.step)
         self._tell_warnings()
 
