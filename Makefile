@@ -3,8 +3,9 @@
 PYTHON ?= python3
 # Another pip index for torch alone, such as https://download.pytorch.org/whl/cpu: its default build on Linux is for CUDA.
 TORCH_INDEX ?=
-# Tests run in so many processes; those that start whole runs stay in one of them.
-WORKERS ?= 2
+# Processes beside this one that the tests run in; those that start whole runs stay in one of them. 2 take little more than half
+# the time, and tests of faults then share the cores with others, which they do not always bear.
+WORKERS ?= 0
 # Passed on: `make demo ARGS="--seed 3"`, `make test ARGS="-k config"`.
 ARGS ?=
 
@@ -29,7 +30,7 @@ help:
 	@echo
 	@echo "PYTHON=python3.12        the Python that .venv is made with, 3.11 or newer"
 	@echo "TORCH_INDEX=https://…    a pip index for torch alone, such as https://download.pytorch.org/whl/cpu"
-	@echo "WORKERS=2                processes that the tests run in"
+	@echo "WORKERS=2                tests in two processes: faster, and less sure"
 	@echo "ARGS=\"--seed 3\"          passed on to millrace train (demo) or pytest (test, test-all)"
 
 demo: $(BASE)

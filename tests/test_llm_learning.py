@@ -24,8 +24,9 @@ COMMON = [
     "--tasks.kwargs",
     "low=2",
     "high=3",
-    "largest=20",
+    "largest=50",
     "largest_target=99",
+    "--tasks.count=5000",
     "--eval.prompts=200",
     "--learners.threads=1",
     "--checkpoints.replay=false",
@@ -60,13 +61,13 @@ def run(warm: Path, folder: Path, name: str, *words: str) -> dict[str, Any]:
 
 @pytest.mark.timeout(900)
 def test_reinforcement_lifts_pass_at_1(warm: Path, tmp_path: Path) -> None:
-    found = run(warm, tmp_path, "a", "--stop.updates=80", "--eval.every=80")
+    found = run(warm, tmp_path, "a", "--stop.updates=100", "--eval.every=100")
     before, after = found["pass_at_1_before"], found["pass_at_1"]
-    assert 0.08 < before < 0.3  # else it is another test
+    assert 0.05 < before < 0.3  # else it is another test
     assert after >= before + 0.15, f"pass@1 {before:.3f} → {after:.3f}"
     assert found["greedy"] >= found["greedy_before"] + 0.03
     assert found["unscored"] == 0
-    assert found["consumed_groups"] == 80 * 32
+    assert found["consumed_groups"] == 100 * 32
 
 
 @pytest.mark.timeout(900)
