@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 import ray
 
-from actors.llm.assignments import Assignment, Outcome
+from actors.assignments import Assignment, Outcome
+from actors.llm.tasks import Task
 from cluster.books import STALL_S
 from cluster.llm import parts
 from cluster.llm.audits import audits
@@ -69,7 +70,7 @@ class LlmHeadWorker(RunHead):
 
     # ------------------------------------------------- calls from other processes
 
-    def exchange(self, actor: str, incarnation: int, count: int, outcomes: Sequence[Outcome]) -> list[Assignment]:
+    def exchange(self, actor: str, incarnation: int, count: int, outcomes: Sequence[Outcome]) -> list[Assignment[Task]]:
         """An actor hands in outcomes and takes at most `count` assignments; one that was replaced gets none."""
         self._desk.record(outcomes)
         if self._finishing or self._at_work.get(actor) != incarnation:

@@ -19,7 +19,8 @@ from configs.llm import LlmConfig
 from replay.security import Security, flight_client
 
 if TYPE_CHECKING:
-    from actors.llm.assignments import Assignment, Outcome
+    from actors.assignments import Assignment, Outcome
+    from actors.llm.tasks import Task
     from learners.distributed import Group, Rendezvous
     from replay.queue_server import QueueServer
 
@@ -115,7 +116,7 @@ class SamplerWorker:
         self._stopping = threading.Event()
         self._fresh: tuple[int, bytes] | None = None  # newest version and weights
         self._newest = 0  # version that the rollout was given
-        self._assigned: deque[Assignment] = deque()
+        self._assigned: deque[Assignment[Task]] = deque()
         self._wanted = 0  # assignments that the rollout would take now
         self._outcomes: deque[Outcome] = deque()
         self._unsent: list[Outcome] = []  # outcomes that the head may not have
@@ -153,7 +154,7 @@ class SamplerWorker:
         self._asking = Thread(self._talk, name=f"desk-{self._index}")
         return process()
 
-    def _ask(self, count: int) -> list[Assignment]:
+    def _ask(self, count: int) -> list[Assignment[Task]]:
         self._wanted = count
         return [self._assigned.popleft() for _ in range(min(count, len(self._assigned)))]
 

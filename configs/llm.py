@@ -6,28 +6,19 @@ service to the learners, each used once; new weights reach the actors while they
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from configs.conflicts import service_conflicts
+from configs.curriculum import CurriculumSettings
 from configs.policy_gradient import PolicyGradientSettings
 from configs.schema import CommonSettings, LearnerProcessSettings, Scalar, ServiceSettings
 from configs.settings import CLASS, Settings, setting
 
 Family = Annotated[str, Field(min_length=1)]
 Attempts = Annotated[int, Field(ge=1, le=1_000_000)]
-
-
-def pass_counts(low: float, high: float, size: int) -> tuple[int, int]:
-    """The fewest and the most passes of a group of `size` whose pass rate is from `low` to `high`, both inclusive.
-
-    The first exceeds the second where no count does: of one attempt, none is from 0.2 to 0.8.
-    """
-    # Rates such as 0.2 have no exact binary form: 0.2 · 15 must give 3, not 4.
-    return math.ceil(low * size - 1e-9), math.floor(high * size + 1e-9)
 
 
 class ModelSettings(Settings):
@@ -122,42 +113,6 @@ class TasksSettings(Settings):
         unit="times",
         ge=0,
         le=100,
-    )
-
-
-class CurriculumSettings(Settings):
-    """Which prompts are drawn, and which groups are worth learning from (Bae et al. 2025, arXiv 2504.03380)."""
-
-    draw: Literal["uniform", "pass_rate"] = setting(
-        "pass_rate",
-        "uniform draws prompts alike; pass_rate by the predicted probability that their group has more than one outcome "
-        "within the band.",
-        unit="choice",
-    )
-    floor: float = setting(
-        0.1, "Share of the draws that stays uniform, so that every prompt is tried again.", unit="share", ge=0.0, le=1.0
-    )
-    filter: Literal["none", "band"] = setting(
-        "band",
-        "none keeps every group; band keeps those whose pass rate lies within low and high, and samples on until the "
-        "learner's batch is full.",
-        unit="choice",
-    )
-    low: float = setting(0.2, "Lowest pass rate of a group that is kept.", unit="pass rate", ge=0.0, le=1.0)
-    high: float = setting(0.8, "Highest pass rate of a group that is kept.", unit="pass rate", ge=0.0, le=1.0)
-    sharpness: float = setting(
-        2.0,
-        "Exponent of that probability: prompts less likely to give such a group are drawn less the higher it is; 0 is uniform.",
-        unit="exponent",
-        ge=0.0,
-        le=100.0,
-    )
-    discount: float = setting(
-        0.8,
-        "What a prompt's earlier outcomes weigh after each new group of it; its pass rate changes while the model learns.",
-        unit="per group",
-        gt=0.0,
-        le=1.0,
     )
 
 
@@ -384,14 +339,7 @@ def conflicts(config: LlmConfig) -> Iterator[str]:
             "warm_start.steps trains the embedded model from nothing, and model.path names one that is trained; set "
             "warm_start.steps to 0"
         )
-    if curriculum.low > curriculum.high:
-        yield f"curriculum.low ({curriculum.low:g}) must not exceed curriculum.high ({curriculum.high:g})"
-    low, high = pass_counts(curriculum.low, curriculum.high, sampling.group_size)
-    if curriculum.filter == "band" and low > high:
-        yield (
-            f"curriculum.filter band keeps no group: with sampling.group_size {sampling.group_size} no pass rate lies within "
-            f"{curriculum.low:g} and {curriculum.high:g}; widen the band"
-        )
+    yield from curriculum.conflicts(group_size=sampling.group_size)
     yield from algorithm.conflicts(group_size=sampling.group_size, max_tokens=sampling.max_tokens)
     if learners.shard_parameters and learners.count == 1:
         yield "learners.shard_parameters divides the weights among several learners, and learners.count is 1; leave it off"

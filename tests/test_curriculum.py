@@ -16,7 +16,7 @@ from cluster.curriculum.band import band_probability
 from cluster.curriculum.drawing import SWEEP, Drawing, PassRateDrawing, UniformDrawing, make_drawing
 from cluster.curriculum.filter import Amount, GroupFilter, Waste
 from cluster.curriculum.tracker import Tracker
-from configs.llm import CurriculumSettings, pass_counts
+from configs.curriculum import CurriculumSettings, pass_counts
 from tests.benchmarks.curriculum import simulate
 
 FAMILIES = np.array([0, 0, 0, 1, 1, 2])

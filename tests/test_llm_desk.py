@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.llm.assignments import Assignment, Outcome, sample_seed
+from actors.assignments import Assignment, Outcome
+from actors.llm.seeds import sample_seed
 from actors.llm.tasks import Task, TaskSet
 from cluster.llm.desk import Desk
 from configs.llm import LlmConfig
@@ -31,7 +32,7 @@ def make(seed: int = 0, tasks: TaskSet = TASKS, **changes: Any) -> Desk:
 
 
 def outcome(one: Assignment, passes: int, fate: Any = "kept", **changes: Any) -> Outcome:
-    given = {"attempts": SIZE, "completions": SIZE, "tokens": 10, "hint": one.hint, **changes}
+    given = {"attempts": SIZE, "sampled": SIZE, "units": 10, "hint": one.hint, **changes}
     return Outcome(one.group, one.number, passes, fate=fate, **given)
 
 
@@ -47,7 +48,7 @@ def test_groups_are_numbered_over_the_whole_run_and_name_their_prompts() -> None
 def test_an_outcome_counts_once_and_only_of_a_group_that_was_handed_out() -> None:
     desk = make()
     first, second = desk.take("actor 0", 2)
-    report = [outcome(first, 3), outcome(second, 0, "too_hard", tokens=7)]
+    report = [outcome(first, 3), outcome(second, 0, "too_hard", units=7)]
     assert desk.record(report) == 2
     before = (desk.metrics(), desk.state()[1])
     stranger = Outcome(99, 0, 4, SIZE, SIZE, 10, "kept")
@@ -76,11 +77,11 @@ def test_waste_is_counted_in_tokens_by_reason_and_a_failed_prompt_is_none() -> N
     a, b, c, d, e = desk.take("actor 0", 5)
     desk.record(
         [
-            outcome(a, 2, tokens=40),
-            outcome(b, 0, "too_hard", tokens=30),
-            outcome(c, 4, "too_easy", tokens=20),
-            outcome(d, 1, "unscored", attempts=2, completions=2 * SIZE, tokens=10),
-            outcome(e, 0, "failed", attempts=0, completions=0, tokens=0),
+            outcome(a, 2, units=40),
+            outcome(b, 0, "too_hard", units=30),
+            outcome(c, 4, "too_easy", units=20),
+            outcome(d, 1, "unscored", attempts=2, sampled=2 * SIZE, units=10),
+            outcome(e, 0, "failed", attempts=0, sampled=0, units=0),
         ]
     )
     row = desk.metrics()
@@ -94,7 +95,7 @@ def test_waste_is_counted_in_tokens_by_reason_and_a_failed_prompt_is_none() -> N
 def test_groups_found_too_old_are_moved_from_kept_to_wasted_once() -> None:
     desk = make()
     desk.record(
-        [outcome(one, 2, tokens=tokens) for one, tokens in zip(desk.take("a", 4), (10, 20, 30, 40), strict=True)]
+        [outcome(one, 2, units=tokens) for one, tokens in zip(desk.take("a", 4), (10, 20, 30, 40), strict=True)]
     )
     for total in (0, 1, 1, 3, 2):
         desk.stale(total)
@@ -133,7 +134,7 @@ def test_families_that_pass_about_half_of_the_time_are_drawn_more() -> None:
 
 
 @settings(max_examples=20)
-@given(st.integers(0, 5), st.sampled_from(["pass_rate", "uniform"]), st.integers(0, 2**31))
+@given(st.integers(0, 5), st.sampled_from(["band", "uniform"]), st.integers(0, 2**31))
 def test_after_a_round_trip_of_the_state_the_same_draws_follow(rounds: int, draw: str, seed: int) -> None:
     changes: dict[str, Any] = {"curriculum": {"draw": draw}, "algorithm": {"hints": {"shares": [0.25, 0.5]}}}
     desk = make(seed, **changes)
@@ -206,7 +207,7 @@ def test_hints_wait_for_their_time_and_need_a_solution() -> None:
     desk.record([outcome(one, 0, "too_hard") for one in desk.take("actor 0", 12)])
     assert desk.metrics()["hinted_waiting"] > 0
     failed = make(**hints())
-    failed.record([outcome(one, 0, "failed", attempts=0, completions=0, tokens=0) for one in failed.take("actor 0", 6)])
+    failed.record([outcome(one, 0, "failed", attempts=0, sampled=0, units=0) for one in failed.take("actor 0", 6)])
     assert failed.metrics()["hinted_waiting"] == 0  # it was never tried
 
 

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.llm.assignments import sample_seed
 from actors.llm.engine import Request, make_engine
 from actors.llm.evaluate import Evaluator, Passes, pass_at_k, summary
+from actors.llm.seeds import sample_seed
 from actors.llm.tasks import Task
 from actors.llm.verifiers.pool import VerifierPool
 from configs.llm import ModelSettings, SamplingSettings

@@ -17,10 +17,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from actors.llm.assignments import Assignment, Outcome, sample_seed
+from actors.assignments import Assignment, Outcome
 from actors.llm.engine import make_engine
 from actors.llm.resample import resample
 from actors.llm.rollout import EXAMPLES, MOST_FAILED, GroupRollout, GroupWriter
+from actors.llm.seeds import sample_seed
 from actors.llm.tasks import Task
 from actors.llm.verifiers.pool import VerifierPool
 from cluster.curriculum.filter import GroupFilter
@@ -177,13 +178,13 @@ def test_groups_are_written_whole_with_what_their_rows_must_tell(tmp_path: Path)
                 np.testing.assert_allclose(values["log_probs"], mine, atol=1e-4)
             outcome = by_group[group]
             assert outcome.passes == sum(rows.column("passed").to_pylist())
-            assert (outcome.attempts, outcome.completions) == (SIZE, SIZE)
-            assert outcome.tokens == len(ragged(rows, "tokens").values)
+            assert (outcome.attempts, outcome.sampled) == (SIZE, SIZE)
+            assert outcome.units == len(ragged(rows, "tokens").values)
             assert outcome.fate == "kept"
         stats = one.rollout.stats()
         assert stats["samples"] == stats["scored"] == 9 * SIZE
         assert stats["passes"] == sum(o.passes for o in outcomes)
-        assert stats["tokens"] == sum(o.tokens for o in outcomes)
+        assert stats["tokens"] == sum(o.units for o in outcomes)
         assert stats["groups"] == stats["kept_groups"] == 9
         assert stats["cut_off"] == sum(g.column("finish").to_pylist().count("length") for g in found)
         assert 0 < stats["cut_off"] < stats["samples"], "the model must end some completions by itself, and not all"
@@ -239,16 +240,16 @@ def test_a_completion_nobody_can_judge_is_replaced_by_the_next_and_never_has_a_r
         for outcome in outcomes:
             assert outcome.fate in ("kept", "unscored")
             assert outcome.attempts == SIZE if outcome.fate == "kept" else outcome.attempts < SIZE
-            assert SIZE <= outcome.completions <= 2 * SIZE
+            assert SIZE <= outcome.sampled <= 2 * SIZE
         stats = one.rollout.stats()
-        assert stats["samples"] == stats["scored"] + stats["unscored"] == sum(o.completions for o in outcomes)
+        assert stats["samples"] == stats["scored"] + stats["unscored"] == sum(o.sampled for o in outcomes)
 
 
 def test_a_group_that_cannot_be_judged_is_dropped_after_twice_its_size(tmp_path: Path) -> None:
     with sampling(tmp_path, [task(0, BROKEN), task(1), task(2, BROKEN)], hint=0.0) as one:
         by_group = {o.group: o for o in one.run()}
         for group in (0, 2):
-            expected = Outcome(group, group, 0, 0, 2 * SIZE, by_group[group].tokens, "unscored")
+            expected = Outcome(group, group, 0, 0, 2 * SIZE, by_group[group].units, "unscored")
             assert by_group[group] == expected
         assert by_group[1].fate == "kept"
         assert [g.column("group")[0].as_py() for g in one.rows()] == [1]

@@ -10,8 +10,8 @@ from typing import cast
 
 import numpy as np
 
-from actors.llm.assignments import sample_seed
 from actors.llm.engine import Engine, Request
+from actors.llm.seeds import sample_seed
 from actors.llm.tasks import Task
 from actors.llm.verifiers.pool import VerifierPool
 from actors.llm.verifiers.verdict import Unscored

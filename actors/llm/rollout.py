@@ -17,8 +17,9 @@ from typing import Literal, Protocol, cast
 import numpy as np
 import pyarrow as pa
 
-from actors.llm.assignments import Assignment, Outcome, sample_seed
+from actors.assignments import Assignment, Outcome
 from actors.llm.engine import Engine, Request, Sample
+from actors.llm.seeds import sample_seed
 from actors.llm.verifiers.pool import VerifierPool
 from actors.llm.verifiers.verdict import Unscored, Verdict
 from learners.llm.rows import Completion, to_rows
@@ -58,7 +59,7 @@ class Example:
 
 @dataclass
 class _Group:
-    assignment: Assignment
+    assignment: Assignment[Task]
     prompt: np.ndarray
     next_index: int
     open: int = 0  # completions asked for and neither judged nor dropped
@@ -77,7 +78,7 @@ class GroupRollout:
         verifiers: VerifierPool,
         writer: GroupWriter,
         *,
-        ask: Callable[[int], Sequence[Assignment]],
+        ask: Callable[[int], Sequence[Assignment[Task]]],
         judge: Callable[[int, int], Literal["kept", "too_easy", "too_hard"]],
         group_size: int,
         slots: int,
@@ -222,7 +223,7 @@ class GroupRollout:
         for assignment in self._ask(wanted // self._group_size):
             self._begin(assignment)
 
-    def _begin(self, assignment: Assignment) -> None:
+    def _begin(self, assignment: Assignment[Task]) -> None:
         try:
             prompt = np.asarray(self._tokenizer.encode_prompt(assignment.task.prompt, _hint(assignment)), np.int32)
             group = _Group(assignment, prompt, 0)
@@ -351,7 +352,7 @@ class GroupRollout:
         )
 
 
-def _hint(assignment: Assignment) -> str:
+def _hint(assignment: Assignment[Task]) -> str:
     """The beginning of the reference solution that the prompt ends with; something of the solution is left to find."""
     solution = assignment.task.solution or ""
     if not assignment.hint:

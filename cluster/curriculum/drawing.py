@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from configs.llm import CurriculumSettings, pass_counts
+from configs.curriculum import CurriculumSettings, pass_counts
 from replay.kernels import kernel
 from replay.trees import SumTree
 

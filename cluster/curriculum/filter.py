@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from configs.llm import pass_counts
+from configs.curriculum import pass_counts
 
 Verdict = Literal["kept", "too_easy", "too_hard"]
 Reason = Literal["too_easy", "too_hard", "unscored", "stale"]
@@ -88,11 +88,11 @@ class Amount:
     """What was sampled, in three units."""
 
     groups: int = 0
-    completions: int = 0
-    tokens: int = 0
+    attempts: int = 0  # completions or episodes
+    units: int = 0  # tokens or environment steps
 
     def __add__(self, other: Amount) -> Amount:
-        return Amount(self.groups + other.groups, self.completions + other.completions, self.tokens + other.tokens)
+        return Amount(self.groups + other.groups, self.attempts + other.attempts, self.units + other.units)
 
 
 class Waste:
@@ -117,7 +117,7 @@ class Waste:
 
     def discard(self, reason: Reason, amount: Amount) -> None:
         """Move what was counted as kept to a reason, as when it was found stale later."""
-        self.kept += Amount(-amount.groups, -amount.completions, -amount.tokens)
+        self.kept += Amount(-amount.groups, -amount.attempts, -amount.units)
         self.rejected[reason] += amount
 
     @property
@@ -133,8 +133,8 @@ class Waste:
     @property
     def share(self) -> float:
         """Share of the sampled tokens that was thrown away; 0 before there are any."""
-        sampled = self.sampled.tokens
-        return self.wasted.tokens / sampled if sampled else 0.0
+        sampled = self.sampled.units
+        return self.wasted.units / sampled if sampled else 0.0
 
     def merge(self, other: Waste) -> None:
         """Add what another one counted."""
@@ -147,19 +147,19 @@ class Waste:
         sampled = self.sampled
         found = {
             "waste/share": self.share,
-            "waste/sampled_tokens": float(sampled.tokens),
-            "waste/sampled_completions": float(sampled.completions),
+            "waste/sampled_tokens": float(sampled.units),
+            "waste/sampled_completions": float(sampled.attempts),
             "waste/sampled_groups": float(sampled.groups),
             "waste/kept_groups": float(self.kept.groups),
         }
         for reason, amount in self.rejected.items():
-            found[f"waste/{reason}"] = amount.tokens / sampled.tokens if sampled.tokens else 0.0
+            found[f"waste/{reason}"] = amount.units / sampled.units if sampled.units else 0.0
         return found
 
     def state(self) -> dict[str, list[int]]:
         """The counts, fit for JSON: groups, completions and tokens of what was kept, and of each reason."""
         rows = [("kept", self.kept), *self.rejected.items()]
-        return {name: [amount.groups, amount.completions, amount.tokens] for name, amount in rows}
+        return {name: [amount.groups, amount.attempts, amount.units] for name, amount in rows}
 
     @classmethod
     def from_state(cls, state: Mapping[str, list[int]]) -> Waste:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.llm.assignments import Assignment, Outcome
-from actors.llm.tasks import TaskSet
+from actors.assignments import Assignment, Outcome
+from actors.llm.tasks import Task, TaskSet
 from cluster.curriculum.drawing import make_drawing
 from cluster.curriculum.filter import Amount, Waste
 from cluster.curriculum.tracker import Tracker
@@ -41,7 +41,7 @@ class Desk:
         self._updates = 0  # learner steps made
         self._drawn_at = np.zeros(len(tasks.families), np.int64)  # groups drawn, by family
 
-    def take(self, actor: str, count: int) -> list[Assignment]:
+    def take(self, actor: str, count: int) -> list[Assignment[Task]]:
         """The next `count` assignments, for an actor."""
         with self._lock:
             hinted = [self._again.popleft() for _ in range(min(count, len(self._again)))]
@@ -60,7 +60,7 @@ class Desk:
             new = [o for o in outcomes if self._out.pop(o.group, None) is not None]
             for outcome in new:
                 if outcome.fate != "failed":  # nothing was sampled
-                    self.waste.count(outcome.fate, Amount(1, outcome.completions, outcome.tokens))
+                    self.waste.count(outcome.fate, Amount(1, outcome.sampled, outcome.units))
             # With a hint a prompt is another, easier one: its own pass rate learns nothing from that.
             judged = [o for o in new if not o.hint]
             if judged:
@@ -96,7 +96,7 @@ class Desk:
             new, kept = groups - waste.rejected["stale"].groups, waste.kept
             if 0 < new <= kept.groups:
                 share = new / kept.groups
-                waste.discard("stale", Amount(new, round(share * kept.completions), round(share * kept.tokens)))
+                waste.discard("stale", Amount(new, round(share * kept.attempts), round(share * kept.units)))
 
     def forget(self, actor: str) -> int:
         """An actor died: nobody will report the groups it had. Returns how many those were."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.llm.assignments import Assignment
-from actors.llm.tasks import TaskSet, make_tasks
+from actors.assignments import Assignment
+from actors.llm.tasks import Task, TaskSet, make_tasks
 from cluster.checkpoint import load_tensors, save_tensors
 from cluster.curriculum.filter import GroupFilter
 from cluster.files import read_json, write_json
@@ -253,7 +253,7 @@ def make_verifiers(config: LlmConfig) -> VerifierPool:
 
 
 def make_rollout(
-    config: LlmConfig, model: Model, writer: GroupWriter, *, ask: Callable[[int], Sequence[Assignment]]
+    config: LlmConfig, model: Model, writer: GroupWriter, *, ask: Callable[[int], Sequence[Assignment[Task]]]
 ) -> GroupRollout:
     """An actor: its engine, its verifiers, and the writer to its shard."""
     from actors.llm.rollout import GroupRollout

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from actors.llm.assignments import Assignment
+from actors.assignments import Assignment
+from actors.llm.tasks import Task
 from cluster.checkpoint import Checkpoint
 from cluster.files import read_json
 from cluster.llm import parts
@@ -105,7 +106,7 @@ class LlmSyncRun:
     def _say(self, text: str) -> None:
         self._recorder.event("start", text)
 
-    def _ask(self, count: int) -> Sequence[Assignment]:
+    def _ask(self, count: int) -> Sequence[Assignment[Task]]:
         return self._desk.take(ACTOR, count)
 
     def _take_weights(self, version: int, data: bytes) -> None:

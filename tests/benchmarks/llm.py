@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedModel
 
-    from actors.llm.assignments import Assignment
+    from actors.assignments import Assignment
     from actors.llm.engine import Sample
     from learners.llm.learner import PolicyGradient
     from tests.benchmarks.llm_sampling import Case
@@ -316,7 +316,7 @@ class Actor:
         self._queue.close(remove=True)
 
     def _ask(self, most: int) -> list[Assignment]:
-        from actors.llm.assignments import Assignment
+        from actors.assignments import Assignment
 
         numbers = [next(self._numbers) for _ in range(most)]
         return [Assignment(n, n % len(self._tasks), self._tasks[n % len(self._tasks)]) for n in numbers]
