@@ -20,6 +20,7 @@ import pyarrow as pa
 from actors.assignments import Assignment, Outcome
 from actors.llm.engine import Engine, Request, Sample
 from actors.llm.seeds import sample_seed
+from actors.llm.tasks import Task
 from actors.llm.verifiers.pool import VerifierPool
 from actors.llm.verifiers.verdict import Unscored, Verdict
 from learners.llm.rows import Completion, to_rows
