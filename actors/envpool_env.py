@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import os
 import subprocess
@@ -31,11 +32,18 @@ def ids() -> list[str]:
 
 
 def space_map(env_id: str, kwargs: Mapping[str, Any]) -> SpaceMap:
-    """Spaces of an environment, without building one.
+    """Spaces of an environment, without building one. Found once for the same arguments, because that takes longer than a step.
 
     Raises:
         EnvError: an argument is unknown or taken, something the environment needs is missing, or its spaces do not fit.
     """
+    # Text, because 1, 1.0 and True are the same key.
+    return _space_map(env_id, json.dumps(dict(kwargs)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _space_map(env_id: str, arguments: str) -> SpaceMap:
+    kwargs = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(arguments).items()}
     taken = OURS & set(kwargs)
     if taken:
         raise EnvError(
@@ -90,11 +98,26 @@ class EnvPoolEnv:
         threads: int,
         seed: int,
         render: bool = False,
+        success: str | None = None,
     ) -> None:
+        """
+        Args:
+            env_id, kwargs: the environment and its arguments.
+            num_envs: environments.
+            batch_size: results that one `recv` waits for; None waits for those of everything that was sent.
+            threads: that step them; 0 lets EnvPool decide.
+            seed: any integer ≥ 0; environment i is seeded from (`seed`, i).
+            render: make the environments able to draw themselves.
+            success: entry of info that says whether an episode has succeeded; None asks for none.
+
+        Raises:
+            EnvError: as `space_map`, or it cannot draw itself on this machine.
+        """
         self.num_envs = num_envs
         self.batch_size = num_envs if batch_size is None else batch_size
         self._spaces = space_map(env_id, kwargs)
         self._id = env_id
+        self._success = success
         self._arguments = {
             **kwargs,
             "num_envs": num_envs,
@@ -114,7 +137,18 @@ class EnvPoolEnv:
         return self._spaces.schema
 
     def start(self) -> None:
-        """Build the pool: EnvPool seeds environments when it builds them and never again."""
+        """Build the pool, and reset all of it: EnvPool seeds environments when it builds them and never again."""
+        self.build()
+        self._pool.async_reset()
+
+    def build(self) -> None:
+        """Build the pool without a reset; the first action of each environment, which is void, then resets it.
+
+        With `batch_size == num_envs` actions may be sent to some environments only: `recv` waits for those sent.
+
+        Raises:
+            EnvError: EnvPool cannot build it, or its info has no success flag of that name.
+        """
         self.close()
         try:
             self._pool = envpool.make(self._id, env_type="gymnasium", **self._arguments)
@@ -122,8 +156,9 @@ class EnvPoolEnv:
                 _ = self._pool.observation_space  # kept by the pool, which asks for it at every recv
         except Exception as error:
             raise EnvError(f"EnvPool cannot build {self._id!r}: {error}") from error
+        if self._success is not None and f"info:{self._success}" not in self._pool.spec.state_array_spec:
+            raise EnvError(f"EnvPool's {self._id!r} has no {self._success!r} in its info to tell success by")
         self._finished[:] = True
-        self._pool.async_reset()
 
     def recv(self) -> EnvStep:
         observation, reward, terminated, truncated, info = self._pool.recv()
@@ -137,7 +172,8 @@ class EnvPoolEnv:
             terminated=terminated & ~reset,
             truncated=truncated & ~(terminated | reset),
             reset=reset,
-            broken=self._unbroken,
+            broken=self._unbroken[: len(env_id)],
+            success=None if self._success is None else np.asarray(info[self._success]) > 0.5,
         )
 
     def send(self, action: NDArray[Any], env_id: IntArray) -> None:

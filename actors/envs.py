@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Literal
+from typing import Any, Literal
 
 import envpool
 import gymnasium
@@ -12,10 +12,11 @@ from actors import envpool_env, gymnasium_env
 from actors.envpool_env import EnvPoolEnv
 from actors.gymnasium_env import GymnasiumEnv
 from actors.protocol import EnvError, EnvStep, Policy, VectorEnv
+from actors.sub_pools import GymnasiumSlots, SlotEnv
 from configs.schema import EnvSettings
 from replay.schema import LARGE_BYTES, StepSchema
 
-__all__ = ["EnvError", "EnvStep", "Policy", "VectorEnv", "check_env", "make_env"]
+__all__ = ["EnvError", "EnvStep", "Policy", "VectorEnv", "backend_of", "check_env", "make_env", "make_slots"]
 
 
 def make_env(
@@ -43,10 +44,10 @@ def make_env(
     if batch_size is not None and not 1 <= batch_size <= num_envs:
         raise EnvError(f"batch_size must lie in 1 … num_envs ({num_envs}), got {batch_size}")
     env: VectorEnv
-    if _backend(settings) == "envpool":
+    if backend_of(settings) == "envpool":
         env = EnvPoolEnv(
             settings.id,
-            envpool_env.single_frames(settings.id, settings.kwargs) if settings.stack > 1 else settings.kwargs,
+            _arguments(settings),
             num_envs=num_envs,
             batch_size=batch_size,
             threads=threads,
@@ -67,6 +68,49 @@ def make_env(
     return env
 
 
+def make_slots(
+    settings: EnvSettings, *, num_envs: int, threads: int, seed: int, render: bool = False, success: str | None = None
+) -> SlotEnv:
+    """Environments that are stepped one without the other; slot i is seeded from (`seed`, i). `build` them first.
+
+    Args:
+        settings: id, library and arguments of the environment.
+        num_envs: slots.
+        threads: EnvPool's threads; 0 lets EnvPool decide.
+        seed: any integer ≥ 0.
+        render: make the slots able to draw themselves.
+        success: entry of info that says whether an episode has succeeded; None asks for none.
+
+    Raises:
+        EnvError: as `make_env`.
+    """
+    slots: SlotEnv
+    if backend_of(settings) == "envpool":
+        slots = EnvPoolEnv(
+            settings.id,
+            _arguments(settings),
+            num_envs=num_envs,
+            batch_size=None,
+            threads=threads,
+            seed=seed,
+            render=render,
+            success=success,
+        )
+    else:
+        try:
+            slots = GymnasiumSlots(
+                settings.id, settings.kwargs, num_envs=num_envs, seed=seed, render=render, success=success
+            )
+        except gymnasium.error.UnregisteredEnv as error:
+            raise _unknown(settings) from error
+    try:
+        _check_stack(settings, slots.schema)
+    except EnvError:
+        slots.close()
+        raise
+    return slots
+
+
 def check_env(settings: EnvSettings, *, num_envs: int = 1, batch_size: int | None = None) -> StepSchema:
     """The schema of an environment's steps, found without leaving a process or a thread behind.
 
@@ -75,9 +119,8 @@ def check_env(settings: EnvSettings, *, num_envs: int = 1, batch_size: int | Non
     Raises:
         EnvError: as `make_env`.
     """
-    if _backend(settings) == "envpool":
-        kwargs = envpool_env.single_frames(settings.id, settings.kwargs) if settings.stack > 1 else settings.kwargs
-        schema = envpool_env.space_map(settings.id, kwargs).schema
+    if backend_of(settings) == "envpool":
+        schema = envpool_env.space_map(settings.id, _arguments(settings)).schema
     else:
         _check_synchronous(settings, batch_size, num_envs)
         try:
@@ -88,7 +131,12 @@ def check_env(settings: EnvSettings, *, num_envs: int = 1, batch_size: int | Non
     return schema
 
 
-def _backend(settings: EnvSettings) -> Literal["envpool", "gymnasium"]:
+def backend_of(settings: EnvSettings) -> Literal["envpool", "gymnasium"]:
+    """The library that builds an environment.
+
+    Raises:
+        EnvError: EnvPool is asked for and does not know the id.
+    """
     if settings.backend == "gymnasium":
         return "gymnasium"
     if settings.id in envpool_env.ids():
@@ -96,6 +144,13 @@ def _backend(settings: EnvSettings) -> Literal["envpool", "gymnasium"]:
     if settings.backend == "envpool":
         raise _unknown(settings)
     return "gymnasium"
+
+
+def _arguments(settings: EnvSettings) -> dict[str, Any]:
+    """EnvPool's arguments; where the agent stacks frames, EnvPool does not."""
+    if settings.stack > 1:
+        return envpool_env.single_frames(settings.id, settings.kwargs)
+    return dict(settings.kwargs)
 
 
 def _check_stack(settings: EnvSettings, schema: StepSchema) -> None:

@@ -89,9 +89,18 @@ class GymnasiumEnv:
     """
 
     def __init__(
-        self, env_id: str, kwargs: Mapping[str, Any], *, num_envs: int, seed: int, render: bool = False
+        self,
+        env_id: str,
+        kwargs: Mapping[str, Any],
+        *,
+        num_envs: int,
+        seed: int,
+        render: bool = False,
+        success: str | None = None,
     ) -> None:
+        """As `EnvPoolEnv`, which has no exceptions to expect: raises EnvError or UnregisteredEnv as `constructor` does."""
         self.num_envs = self.batch_size = num_envs
+        self._success = success
         self._id = env_id
         build = constructor(env_id, kwargs, render=render)
         # NEXT_STEP is EnvPool's rule: a finished environment is reset by the next call, whose action is void.
@@ -130,6 +139,7 @@ class GymnasiumEnv:
             truncated=truncated & ~(terminated | reset),
             reset=reset,
             broken=np.asarray(info.get("broken", self._none), np.bool_),
+            success=None if self._success is None else np.asarray(info.get(self._success, self._none)) > 0.5,
         )
 
     def send(self, action: NDArray[Any], env_id: IntArray) -> None:

@@ -37,12 +37,15 @@ class EnvStep:
     truncated: BoolArray  # (batch,)
     reset: BoolArray  # (batch,) first observation of a new episode: reward and the action sent before are void
     broken: BoolArray  # (batch,) the environment raised: a truncated episode whose last action has no result
+    success: BoolArray | None = None  # (batch,) the success flag in the environment's info, where one was asked for
+    task: IntArray | None = None  # (batch,) number of each lane's task, where there are several
 
 
 class VectorEnv(Protocol):
     """Lanes stepped together. Lanes are numbered from 0; a result is answered by one action for the same lane.
 
-    With `batch_size == num_envs` results come in the order of the lanes; below it in the order they are finished.
+    With `batch_size == num_envs` results come in the order of the lanes; below it in the order they are finished. A lane
+    whose environment is not there yet (`actors.task_env`) is missing from them.
     """
 
     @property
@@ -58,7 +61,7 @@ class VectorEnv(Protocol):
         """Reset every lane from its own seed. Called again, it begins again: the same actions give the same results."""
 
     def recv(self) -> EnvStep:
-        """Wait for the results of `batch_size` lanes."""
+        """Wait for the results of `batch_size` lanes; of fewer where some have none coming."""
 
     def send(self, action: NDArray[Any], env_id: IntArray) -> None:
         """Act in the lanes `env_id` (batch,): `action` (batch, action_dim) in [−1, 1], or (batch,) numbers of discrete actions."""

@@ -11,7 +11,7 @@ import numpy as np
 from actors.agent import Agent, Decision
 from actors.protocol import BoolArray, EnvStep, IntArray, Policy, VectorEnv
 from actors.returns import ReturnExtent
-from learners.policy import STATE, row_schema
+from learners.policy import STATE, TASK, row_schema
 from replay.writers import Writer
 
 EPISODE_LOG = 1_000  # finished episodes kept
@@ -26,6 +26,7 @@ class Episode:
     length: int  # environment steps
     terminated: bool  # False: truncated
     lane: int
+    task: int | None = None  # number of its task, where there are several
 
 
 class Rollout:
@@ -50,6 +51,7 @@ class Rollout:
         first_lane: int = 0,
         of_lanes: int = 0,
         discount: float | None = None,
+        tasks: bool = False,
     ) -> None:
         """Starts the environments.
 
@@ -65,6 +67,7 @@ class Rollout:
             first_lane: number of this rollout's lane 0 among all lanes of the run, for the ladder of exploration.
             of_lanes: lanes of the run; 0 for this rollout's alone.
             discount: of the returns whose extent is to be found; None finds none.
+            tasks: the environments tell tasks apart: each row has the number of its episode's.
         """
         self.version = 0  # of the policy; 0 is none yet
         self.episodes: deque[Episode] = deque(maxlen=EPISODE_LOG)
@@ -77,7 +80,8 @@ class Rollout:
         self._write_every_s = write_every_s
         self._generator = np.random.default_rng(seed)
 
-        schema = row_schema(env.schema, policy)
+        self._tasks = tasks
+        schema = row_schema(env.schema, policy, tasks=tasks)
         self._pending = schema.zeros(env.num_envs)  # (num_envs,) the row of each lane whose reward is not known yet
         self._return = np.zeros(env.num_envs)
         self._length = np.zeros(env.num_envs, np.int64)
@@ -190,6 +194,8 @@ class Rollout:
         pending["policy_version"][lanes] = decision.version
         if decision.state is not None:
             pending[STATE][lanes] = decision.state
+        if self._tasks:
+            pending[TASK][lanes] = result.task
 
     def _end(self, result: EnvStep, ended: BoolArray, decision: Decision) -> None:
         """Write the final rows of the episodes that are over, and log those that did not break."""
@@ -203,6 +209,8 @@ class Rollout:
                 rows[name] = values[whole]
             if decision.state is not None:
                 rows[STATE] = decision.state[whole]
+            if self._tasks:
+                rows[TASK] = self._pending[TASK][lanes]
             rows["policy_version"] = self._pending["policy_version"][lanes]
             rows["is_last"] = True
             rows["is_terminal"] = result.terminated[whole]
@@ -213,6 +221,7 @@ class Rollout:
                     length=int(self._length[lane]),
                     terminated=terminated,
                     lane=lane,
+                    task=int(self._pending[TASK][lane]) if self._tasks else None,
                 )
                 self.episodes.append(episode)
                 self._episode_count += 1

@@ -124,12 +124,11 @@ def _checked(config: RunConfig | LlmConfig) -> tuple[RunConfig | LlmConfig, list
         from cluster.llm.parts import check
 
         return config, check(config), False
-    from actors.envs import check_env
-    from cluster.parts import check_device, check_limits
+    from cluster.parts import check_device, check_limits, env_schema, make_tasks
     from learners.observations import frame_field
 
     warnings = check_limits(config)
-    schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
+    schema = env_schema(config, make_tasks(config))
     check_algorithm(config, schema)
     if config.prior.source is not None:
         from cluster.prior import check_source  # it compiles kernels, which no other driver has use for
@@ -208,12 +207,12 @@ def check_algorithm(config: RunConfig, schema: StepSchema) -> None:
     custom = isinstance(algorithm, CustomSettings)
     if choices and not discrete and not custom:
         raise ValueError(
-            f"env.id: {env.id} has {choices} discrete actions, and algorithm.name {algorithm.name} needs continuous ones; set "
+            f"{config.env_name} has {choices} discrete actions, and algorithm.name {algorithm.name} needs continuous ones; set "
             "algorithm.name to dqn, or to r2d2 where the task is partly observed"
         )
     if discrete and not choices:
         raise ValueError(
-            f"env.id: {env.id} has continuous actions, and algorithm.name {algorithm.name} needs discrete ones; set "
+            f"{config.env_name} has continuous actions, and algorithm.name {algorithm.name} needs discrete ones; set "
             "algorithm.name to sac, or to flow"
         )
     length = algorithm.target.length if algorithm.target.kind in ("chunk", "decoupled") else 1
@@ -222,7 +221,7 @@ def check_algorithm(config: RunConfig, schema: StepSchema) -> None:
         most = int(math.log(MAX_SEQUENCES) / math.log(choices) + 1e-9)
         raise ValueError(
             f"algorithm.target.length: a critic of {length} actions out of {choices} would list {choices}^{length} sequences, "
-            f"and at most {MAX_SEQUENCES} are allowed; for {env.id} algorithm.target.length can be at most {most}"
+            f"and at most {MAX_SEQUENCES} are allowed; for {config.env_name} algorithm.target.length can be at most {most}"
         )
     if isinstance(algorithm, CustomSettings):
         from learners.custom import load_learner_class, make_policy

@@ -86,7 +86,7 @@ class Books(ABC):
         """
         counts: those of `state`, or fresh ones.
         wall_started: monotonic time at which the command was started.
-        state: what `state` returned before the run was stopped.
+        state: what `state` returned before the run was stopped, or `live_state` before the head died.
         """
         self.config = config
         self.counts = counts
@@ -96,7 +96,9 @@ class Books(ABC):
         if state is not None:
             self.best = state["best"]
             self._next_eval = state["next_eval"]
-        counts.incarnation += 1
+        live = None if state is None else state.get("live")
+        if live is None:
+            counts.incarnation += 1
         self._wall_started = wall_started
         self._time_before = counts.time_s
         self.first_step_at: float | None = None  # monotonic
@@ -109,6 +111,8 @@ class Books(ABC):
         self._stall_told = False
         self._checkpointed_at = wall_started
         self._pending_evaluation: Measured | None = None
+        if live is not None:
+            self._go_on(live)
 
     # ------------------------------------------------------- of a kind of run
 
@@ -329,6 +333,41 @@ class Books(ABC):
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON."""
         return {"counts": asdict(self.counts), "best": self.best, "next_eval": self._next_eval}
+
+    def live_state(self) -> dict[str, Any]:
+        """What a new head needs to go on with the same processes, as JSON; evaluations are left out (`restore_evaluation`).
+
+        The counts, and what each process told when they were taken: what it has done since is the difference.
+        """
+        live = {
+            "last": {name: dict(stats) for name, stats in self._last.items()},
+            "seconds": dict(self._seconds),
+            "rate": self._rate,
+            "time_before": self._time_before,
+            # Seconds since the command was started, for a monotonic clock is of one process.
+            "first_step": None if self.first_step_at is None else self.first_step_at - self._wall_started,
+            "checkpointed": self._checkpointed_at - self._wall_started,
+        }
+        return self.state() | {"live": live}
+
+    def _go_on(self, live: Mapping[str, Any]) -> None:
+        self._last = {name: dict(stats) for name, stats in live["last"].items()}
+        self._seconds = dict(live["seconds"])
+        self._rate = live["rate"]
+        self._time_before = live["time_before"]
+        if live["first_step"] is not None:
+            self.first_step_at = self._wall_started + live["first_step"]
+        self._checkpointed_at = self._wall_started + live["checkpointed"]
+
+    @property
+    def evaluation_row_due(self) -> bool:
+        """Whether the last evaluation is still to stand in a metrics row."""
+        return self._pending_evaluation is not None
+
+    def restore_evaluation(self, evaluation: Measured, *, row_due: bool) -> None:
+        """The last evaluation that the head which died has taken in."""
+        self.last_evaluation = evaluation
+        self._pending_evaluation = evaluation if row_due else None
 
     def summary(self, *, stop_reason: str) -> dict[str, Any]:
         """How the run ended."""

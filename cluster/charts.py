@@ -92,12 +92,16 @@ class Curves:
 
     def evaluations(self, x: str) -> tuple[Array, Array, Array]:
         """Where along `x` evaluations ended, their mean returns and standard deviations; each (evaluations,)."""
-        mean, spread = self.get("eval/mean_return"), self.get("eval/std_return")
-        at = self.running(x)
-        if x == "env_steps" and self.has("eval/step"):
-            at = np.where(np.isfinite(self.get("eval/step")), self.get("eval/step"), at)
+        at, mean, spread = self.evaluated_at(x), self.get("eval/mean_return"), self.get("eval/std_return")
         there = np.isfinite(mean) & np.isfinite(at)
         return at[there], mean[there], np.nan_to_num(spread[there])
+
+    def evaluated_at(self, x: str) -> Array:
+        """Where along `x` a row stands; one with an evaluation, along environment steps, where the evaluated policy stood."""
+        at = self.running(x)  # (rows,)
+        if x == "env_steps":
+            return np.where(np.isfinite(self.get("eval/step")), self.get("eval/step"), at)
+        return at
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,9 @@ def _draw(figure: Any, chart: Chart, heading: str | None = None) -> None:
         if series.thin:
             x, y = _thinned(x), _thinned(y)
         marker = {"marker": "o", "markersize": 3.5} if series.markers or len(x) == 1 else {}
-        label = series.label or "_hidden"
+        # A dollar would begin a formula, and what begins with an underscore is left out of the legend.
+        label = series.label.replace("$", r"\$") or "_hidden"
+        label = f"\u200b{label}" if series.label.startswith("_") else label
         stroke = {"linewidth": 0.8, "alpha": 0.5} if series.background else {"linewidth": 1.6}
         axes.plot(x, y, color=colour, label=label, solid_joinstyle="round", **stroke, **marker)
     for name, level in chart.levels.items():
@@ -236,9 +242,9 @@ def _draw(figure: Any, chart: Chart, heading: str | None = None) -> None:
         axes.set_yscale("log")
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=_STEPS))
-        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+        axes.yaxis.set_major_formatter(FuncFormatter(tick_text))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.xaxis.set_major_formatter(FuncFormatter(tick_text))
     if chart.from_zero:
         axes.set_ylim(bottom=0, top=chart.top)
     axes.set_xlim(left=0)
@@ -266,7 +272,8 @@ def _thinned(values: Array) -> Array:
     return np.array([part.mean() for part in np.array_split(values, _MOST_POINTS)])
 
 
-def _tick(value: float, _: int | None = None) -> str:
+def tick_text(value: float, _: int | None = None) -> str:
+    """What stands at a tick of an axis: 20000 as 20k."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{unit}".replace("-", "−")

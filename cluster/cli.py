@@ -159,7 +159,10 @@ def _eval(words: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument(
-        "--episodes", type=_positive, default=None, help="episodes (default 10); of a language model, prompts"
+        "--episodes",
+        type=_positive,
+        default=None,
+        help="episodes (default 10), of each task; of a language model, prompts",
     )
     parser.add_argument(
         "--seed", type=int, default=None, help="seed, of the first environment (default: the run's eval.seed)"
@@ -181,10 +184,11 @@ def _eval(words: Sequence[str]) -> int:
 
 def _evaluate(folder: RunFolder[RunConfig], chosen: argparse.Namespace) -> int:
     """`millrace eval` of a control run."""
-    from actors.envs import check_env
-    from actors.evaluate import evaluate, record
+    from actors.evaluate import record
     from cluster import parts
     from cluster.checkpoint import Checkpoints
+    from cluster.evaluating import Evaluating
+    from cluster.head import Evaluation
     from cluster.recorder import POLICY
 
     config = folder.config
@@ -192,13 +196,22 @@ def _evaluate(folder: RunFolder[RunConfig], chosen: argparse.Namespace) -> int:
     checkpoint = (checkpoints.best() if chosen.checkpoint == "best" else None) or checkpoints.latest()
     if checkpoint is None:
         raise FileNotFoundError(f"{chosen.run} holds no whole checkpoint yet")
-    policy = parts.make_policy(config, check_env(config.env))
-    policy.load((checkpoint.path / POLICY).read_bytes())
+    tasks = parts.make_tasks(config)
+    if tasks is not None and chosen.video is not None:
+        raise ValueError("--video draws the environment of a run without tasks, and this run has tasks; leave it out")
+    policy = parts.make_policy(config, parts.env_schema(config, tasks))
     seed = config.eval.seed if chosen.seed is None else chosen.seed
-    returns = evaluate(config.env, policy, episodes=chosen.episodes or 10, seed=seed)
-    mean = sum(returns) / len(returns)
-    std = (sum((r - mean) ** 2 for r in returns) / len(returns)) ** 0.5
-    found: dict[str, Any] = {"episodes": len(returns), "mean_return": mean, "std_return": std}
+    settings = config.eval.model_copy(update={"episodes": chosen.episodes or 10, "seed": seed})
+    evaluating = Evaluating(config.model_copy(update={"eval": settings}), tasks, policy)
+    try:
+        told = evaluating.run((checkpoint.path / POLICY).read_bytes())
+    finally:
+        evaluating.close()
+    made = Evaluation.of(told, step=checkpoint.env_steps, version=0)
+    found: dict[str, Any] = {"episodes": len(made.returns), "mean_return": made.mean, "std_return": made.std}
+    if made.tasks:
+        by_task = {name: {"mean_return": one.mean, "success": one.success} for name, one in made.tasks.items()}
+        found |= {"success": made.success, "tasks": by_task}
     found |= {"checkpoint": str(checkpoint.path), "seed": seed}
     if chosen.video is not None:
         found["video_return"] = record(config.env, policy, path=chosen.video, seed=seed)
@@ -206,7 +219,12 @@ def _evaluate(folder: RunFolder[RunConfig], chosen: argparse.Namespace) -> int:
     if chosen.json:
         print(json.dumps(found))
     else:
-        print(f"{checkpoint.path}: mean return {mean:.1f} ± {std:.1f} over {len(returns)} episodes")
+        success = "" if made.success is None else f"success {made.success:.2f} over {len(made.tasks)} tasks, "
+        print(
+            f"{checkpoint.path}: {success}mean return {made.mean:.1f} ± {made.std:.1f} over {len(made.returns)} episodes"
+        )
+        for name, one in made.tasks.items():
+            print(f"  {name}: success {one.success:.2f}, mean return {one.mean:.1f}")
         if chosen.video is not None:
             print(f"{chosen.video}: one episode with return {found['video_return']:.1f}")
     return 0

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from actors import envpool_env, gymnasium_env
-from actors.envs import check_env
+from actors.env_tasks import EnvTask
 from actors.spaces import SpaceMap
+from actors.task_set import TaskSet
 from cluster import parts
 from cluster.checkpoint import Checkpoint, Checkpoints
 from cluster.files import write_atomically
@@ -129,8 +130,9 @@ def build(config: RunConfig, data: bytes, *, source: Path | None = None) -> tupl
     """
     from learners.policy_modules import PolicyModule
 
-    schema = check_env(config.env)
-    spaces = space_map(config.env)
+    tasks = parts.make_tasks(config)
+    schema = parts.env_schema(config, tasks)
+    spaces = space_map(config.env) if tasks is None else _common_actions(config, tasks)
     policy = parts.make_policy(config, schema)
     try:
         policy.load(data)
@@ -146,6 +148,30 @@ def space_map(settings: EnvSettings) -> SpaceMap:
         kwargs = envpool_env.single_frames(settings.id, settings.kwargs) if settings.stack > 1 else settings.kwargs
         return envpool_env.space_map(settings.id, kwargs)
     return gymnasium_env.space_map(settings.id, settings.kwargs)
+
+
+def _common_actions(config: RunConfig, tasks: TaskSet[EnvTask]) -> SpaceMap:
+    """The spaces of the task with the longest actions, of which those of all others are the beginning.
+
+    Raises:
+        ValueError: tasks take the same action of the policy for different ones of their own.
+    """
+    of_ids = {task.id: task for task in tasks}  # arguments leave the actions as they are
+    found = [(task.name, space_map(task.settings(config.env))) for task in of_ids.values()]
+    first, widest = max(found, key=lambda one: one[1].schema.action.shape)
+    space = action_space(widest)
+    for name, spaces in found:
+        other = action_space(spaces)
+        length = len(other.low)
+        if (
+            other.start != space.start
+            or not np.array_equal(other.low, space.low[:length])
+            or not np.array_equal(other.high, space.high[:length])
+        ):
+            raise ValueError(
+                f"the policy cannot be exported for tasks {first!r} and {name!r} together: their actions have other bounds"
+            )
+    return widest
 
 
 def action_space(spaces: SpaceMap) -> ActionSpace:
@@ -267,7 +293,9 @@ def _metadata(config: RunConfig, checkpoint: Checkpoint, spaces: SpaceMap) -> di
     """What the file says of itself."""
     metadata: dict[str, Any] = {
         "run": config.name or "",
-        "environment": config.env.id,
+        "environment": config.tasks.source or list(config.tasks.ids) or config.env.id
+        if config.has_tasks
+        else config.env.id,
         "algorithm": config.algorithm.name,
         "policy_version": _policy_version(checkpoint),
         "env_steps": checkpoint.env_steps,

@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from cluster.books import Books, CommonCounts, Moment
+from cluster.books import Books, CommonCounts, Measured, Moment
+from cluster.curriculum.forgetting import Forgetting
 from configs.schema import RunConfig
+
+TOLD_DROP = 0.1  # of a task's success from which on the line about an evaluation names it
 
 
 @dataclass
@@ -27,6 +30,24 @@ class Counts(CommonCounts):
 
 
 @dataclass(frozen=True)
+class TaskEvaluation:
+    """Episodes of one task in an evaluation."""
+
+    returns: tuple[float, ...]
+    passed: tuple[bool, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean return."""
+        return math.fsum(self.returns) / len(self.returns)
+
+    @property
+    def success(self) -> float:
+        """Share of the episodes that passed."""
+        return sum(self.passed) / len(self.passed)
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One evaluation of one policy version."""
 
@@ -34,6 +55,21 @@ class Evaluation:
     version: int
     returns: tuple[float, ...]
     seconds: float
+    tasks: Mapping[str, TaskEvaluation] = field(
+        default_factory=dict
+    )  # of runs with tasks: by name, `returns` all of theirs
+    worst_drop: tuple[float, str | None] = (
+        0.0,
+        None,
+    )  # of a task's success since the curriculum changed, and that task
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any], *, step: int, version: int) -> Evaluation:
+        """From what `Evaluating.run` gave, as JSON."""
+        tasks = {
+            name: TaskEvaluation(tuple(one["returns"]), tuple(one["passed"])) for name, one in found["tasks"].items()
+        }
+        return cls(step, version, tuple(found["returns"]), float(found["seconds"]), tasks)
 
     @property
     def mean(self) -> float:
@@ -45,27 +81,40 @@ class Evaluation:
         return math.sqrt(math.fsum((r - self.mean) ** 2 for r in self.returns) / len(self.returns))
 
     @property
+    def success(self) -> float | None:
+        """Mean share of passed episodes over the tasks; None without tasks."""
+        return math.fsum(one.success for one in self.tasks.values()) / len(self.tasks) if self.tasks else None
+
+    @property
     def score(self) -> float:
-        """The mean return."""
-        return self.mean
+        """The mean success over the tasks; without tasks, the mean return."""
+        return self.mean if self.success is None else self.success
 
     @property
     def text(self) -> str:
         """The evaluation in one line."""
+        success = f"success {self.success:.2f} over {len(self.tasks)} tasks, " if self.success is not None else ""
+        drop, task = self.worst_drop
+        fallen = f"; {task} has fallen by {drop:.2f}" if drop >= TOLD_DROP else ""
         return (
-            f"evaluation at step {self.step}: mean return {self.mean:.1f} ± {self.std:.1f} over {len(self.returns)} "
-            f"episodes in {self.seconds:.1f} s"
+            f"evaluation at step {self.step}: {success}mean return {self.mean:.1f} ± {self.std:.1f} over {len(self.returns)} "
+            f"episodes in {self.seconds:.1f} s{fallen}"
         )
 
     def row(self) -> dict[str, float]:
         """Its metrics."""
-        return {
+        found = {
             "eval/mean_return": self.mean,
             "eval/std_return": self.std,
-            "eval/episodes": len(self.returns),
+            "eval/episodes": float(len(self.returns)),
             "eval/seconds": self.seconds,
-            "eval/step": self.step,
+            "eval/step": float(self.step),
         }
+        if self.success is not None:
+            found |= {"eval/mean_success": self.success, "eval/worst_drop": self.worst_drop[0]}
+        for name, one in self.tasks.items():
+            found |= {f"eval/task/{name}/return": one.mean, f"eval/task/{name}/success": one.success}
+        return found
 
 
 @dataclass
@@ -74,6 +123,7 @@ class Tick(Moment):
 
     returns: Sequence[float] = ()  # of the episodes finished since the last tick
     lengths: Sequence[int] = ()
+    desk: Mapping[str, float] = field(default_factory=dict)  # `Desk.metrics`; of runs with tasks
 
 
 class Head(Books):
@@ -94,11 +144,15 @@ class Head(Books):
         self.return_extent: tuple[float, float] | None = None  # lowest and highest discounted return actors ever met
         self._returns: deque[float] = deque(maxlen=100)
         self._lengths: deque[int] = deque(maxlen=100)
+        self._forgetting = Forgetting()
+        self._changes = 0  # of the curriculum
         if state is not None:
             self._returns.extend(state["returns"])
             self._lengths.extend(state["lengths"])
             if (extent := state.get("return_extent")) is not None:
                 self.return_extent = (float(extent[0]), float(extent[1]))
+            if (forgetting := state.get("forgetting")) is not None:
+                self._forgetting.load_state(forgetting)
 
     @property
     def step(self) -> int:
@@ -122,8 +176,22 @@ class Head(Books):
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON."""
-        own = {"returns": list(self._returns), "lengths": list(self._lengths), "return_extent": self.return_extent}
+        own: dict[str, Any] = {
+            "returns": list(self._returns),
+            "lengths": list(self._lengths),
+            "return_extent": self.return_extent,
+        }
+        if self.config.has_tasks:
+            own["forgetting"] = self._forgetting.state()
         return super().state() | own
+
+    def evaluated(self, evaluation: Measured) -> bool:
+        """As `Books.evaluated`; how far tasks have fallen since the curriculum changed is found here."""
+        assert isinstance(evaluation, Evaluation)
+        if evaluation.tasks:
+            success = {name: one.success for name, one in evaluation.tasks.items()}
+            evaluation = replace(evaluation, worst_drop=self._forgetting.evaluated(success, changes=self._changes))
+        return super().evaluated(evaluation)
 
     def summary(self, *, stop_reason: str) -> dict[str, Any]:
         """How the run ended."""
@@ -135,7 +203,8 @@ class Head(Books):
             "steps_per_s": counts.trained_steps / counts.trained_s if counts.trained_s > 0 else None,
             "mean_return": last.mean if last else None,
             "std_return": last.std if last else None,
-            "best_mean_return": self.best,
+            **({"success": last.success, "worst_drop": last.worst_drop[0]} if last and last.tasks else {}),
+            "best_success" if self.config.has_tasks else "best_mean_return": self.best,
         }
 
     def _take_in(self, moment: Tick) -> None:
@@ -147,6 +216,7 @@ class Head(Books):
             if (extent := stats.get("return_extent")) is not None:
                 low, high = self.return_extent or extent
                 self.return_extent = (min(low, extent[0]), max(high, extent[1]))
+        self._changes = int(moment.desk.get("curriculum/changes", self._changes))
         self._returns.extend(moment.returns)
         self._lengths.extend(moment.lengths)
 
@@ -177,13 +247,17 @@ class Head(Books):
         versions = [float(s["version"]) for s in moment.actors.values() if s.get("version")]
         if versions and not moment.ending:
             row["policy_lag"] = counts.version - math.fsum(versions) / len(versions)
-        return row
+        return row | dict(moment.desk)
 
     def _solved(self) -> str | None:
-        goal, last = self.config.stop.mean_return, self.last_evaluation
-        if goal is None or last is None or last.mean < goal:
+        stop, last = self.config.stop, self.last_evaluation
+        if last is None:
             return None
-        return f"solved: mean return {last.mean:.1f} ≥ {goal:g}"
+        if stop.mean_return is not None and last.mean >= stop.mean_return:
+            return f"solved: mean return {last.mean:.1f} ≥ {stop.mean_return:g}"
+        if stop.success is not None and last.success is not None and last.success >= stop.success:
+            return f"solved: success {last.success:.2f} ≥ {stop.success:g}"
+        return None
 
     def _done(self) -> str | None:
         steps, done = self.config.stop.steps, self.counts.env_steps

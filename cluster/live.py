@@ -79,6 +79,10 @@ class LiveTable(ABC):
     def stop_at(self) -> int | None:
         """The progress at which the run ends."""
 
+    def score(self) -> tuple[str, str]:
+        """Metrics of an evaluation: the figure that is shown, and when it was."""
+        return self.SCORE
+
     # ------------------------------------------------------------------ showing
 
     def __enter__(self) -> Self:
@@ -97,7 +101,7 @@ class LiveTable(ABC):
     def update(self, row: Row) -> None:
         """Take a metrics row; what it lacks keeps its last value."""
         self._row |= {key: value for key, value in row.items() if value is not None and math.isfinite(value)}
-        figure, at = self.SCORE
+        figure, at = self.score()
         if (evaluation := _finite(row, figure)) is not None:
             step = _finite(row, at)
             self._evaluation = evaluation, self._row.get(self.UNIT[0], 0.0) if step is None else step
@@ -207,22 +211,31 @@ class Live(LiveTable):
 
     def title(self) -> str:
         config = self._config
-        return f"{config.env.id} · {config.algorithm.name}" + (f" · {config.name}" if config.name else "")
+        played = f"{config.env_name} · {config.curriculum.draw}" if config.has_tasks else config.env.id
+        return f"{played} · {config.algorithm.name}" + (f" · {config.name}" if config.name else "")
+
+    def score(self) -> tuple[str, str]:
+        # The mean over tasks whose rewards have nothing in common tells little; the share of passed episodes does.
+        return ("eval/mean_success", "eval/step") if self._config.has_tasks else self.SCORE
 
     def stop_at(self) -> int | None:
         return self._config.stop.steps
 
     def cells(self) -> Sequence[str]:
         get = self._row.get
-        evaluation = f"{number(self._evaluation[0], 1)}" if self._evaluation else "–"
+        shown = number(self._evaluation[0], 2 if self._config.has_tasks else 1) if self._evaluation else "–"
+        outcome = (
+            (f"passed {number(self._passing(), 2):>5}", f"success {shown:>5}", f"waste {share(get('waste/share')):>4}")
+            if self._config.has_tasks
+            else (f"return {number(get('return_mean_100'), 1):>9}", f"eval {shown:>9}")
+        )
         return (
             f"{duration(get('wall_s', get('time_s'))):>8}",
             f"steps {compact(get('env_steps')):>6}/{compact(self._config.stop.steps)}",
             f"{number(get('steps_per_s')):>7}/s",
             f"updates {compact(get('updates')):>6}",
             f"{number(get('updates_per_s')):>7}/s",
-            f"return {number(get('return_mean_100'), 1):>9}",
-            f"eval {evaluation:>9}",
+            *outcome,
             f"lag {number(get('policy_lag'), 1):>5}",
             f"fill {share(get('replay_fill')):>4}",
             f"left {duration(self.time_left_s()):>7}",
@@ -230,6 +243,12 @@ class Live(LiveTable):
 
     def pairs(self) -> list[tuple[str, str]]:
         get, config = self._row.get, self._config
+        if config.has_tasks:
+            passed = ("pass rate of what is drawn", number(self._passing(), 2))
+            evaluated = ("last success", self.evaluation_text(config.stop.success, 2))
+        else:
+            passed = ("mean return, last 100", number(get("return_mean_100"), 1))
+            evaluated = ("last evaluation", self.evaluation_text(config.stop.mean_return, 1))
         return [
             ("environment steps/s", number(get("steps_per_s"))),
             ("updates/s", number(get("updates_per_s"))),
@@ -238,15 +257,27 @@ class Live(LiveTable):
                 "replay fill",
                 f"{share(get('replay_fill'))} of {compact(get('replay_capacity', config.replay.capacity))}",
             ),
-            ("mean return, last 100", number(get("return_mean_100"), 1)),
-            ("last evaluation", self.evaluation_text(config.stop.mean_return, 1)),
+            passed,
+            evaluated,
             ("policy lag", f"{number(get('policy_lag'), 1)} versions"),
             ("episodes", self._episodes_text()),
         ]
 
+    def _passing(self) -> float | None:
+        """Predicted pass rate of the tasks as they were drawn lately; None while nothing is known of them."""
+        drawn = [
+            (weight, rate)
+            for name, weight in self._row.items()
+            if name.endswith("/drawn")
+            and (rate := self._row.get(f"{name.removesuffix('/drawn')}/pass_rate")) is not None
+        ]
+        whole = math.fsum(weight for weight, _ in drawn)
+        return math.fsum(weight * rate for weight, rate in drawn) / whole if whole > 0 else None
+
     def _episodes_text(self) -> str:
         broken = self._row.get("broken_episodes", 0.0)
-        return number(self._row.get("episodes")) + (f" ({number(broken)} broken)" if broken else "")
+        text = number(self._row.get("episodes")) + (f" ({number(broken)} broken)" if broken else "")
+        return f"{text}, {share(self._row.get('waste/share'))} of the steps wasted" if self._config.has_tasks else text
 
 
 def _finite(row: Row, key: str) -> float | None:

@@ -69,6 +69,17 @@ class MetricsWriter:
         if len(self._rows) >= self._rows_per_part or time.monotonic() - self._oldest_row >= self._seconds_per_part:
             self.flush()
 
+    def waiting(self) -> dict[str, Any]:
+        """The rows that are not on disk yet, as JSON, for `restore`."""
+        return {"part": self._next_part, "rows": list(self._rows)}
+
+    def restore(self, waiting: Mapping[str, Any]) -> None:
+        """Take over what waited in a writer that was killed, before the first row; rows that have reached disk are not repeated."""
+        self._resumed = True
+        if waiting["rows"] and waiting["part"] == self._next_part:
+            self._rows = [dict(row) for row in waiting["rows"]]
+            self._oldest_row = time.monotonic()
+
     def flush(self) -> None:
         """Write the buffered rows as one part file."""
         if self._rows:

@@ -14,6 +14,7 @@ import numpy as np
 
 from cluster.charts import COLOURS, Chart, Curves, Series, time_axis, to_svg
 from cluster.files import read_json, size_text, write_atomically
+from cluster.task_map import style as map_style
 
 _MOST_EVENTS = 300
 
@@ -44,7 +45,8 @@ svg { display: block; width: 100%; height: auto; } svg text { font-family: syste
 .bar span { min-width: 0; }
 .key { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .5em; background: var(--grid); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-.charts + .scroll, .charts + table { margin-top: 1.25rem; }
+.charts + .scroll, .charts + table, .charts + .charts { margin-top: 1.25rem; }
+th.wrap { white-space: normal; vertical-align: bottom; }
 table.times { max-width: 46rem; } .part { height: .7em; border-radius: 2px; background: var(--blue); } th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--grid); vertical-align: top; }
 th { color: var(--faint); font-weight: 400; } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tbody + tbody td { border-top: 0; } td.bars { padding: .9rem 0 .4rem; border: 0; }
@@ -61,13 +63,14 @@ def write_page(run_folder: Path, name: str, sections: Sequence[str]) -> Path:
         DiskFullError: no room for the page; an older one is kept.
     """
     light = " ".join(f"--{variable}: {colour};" for variable, colour in COLOURS.items())
+    style = _STYLE.replace("LIGHT", light) + (map_style() if any('class="map"' in part for part in sections) else "")
     page = "\n".join(
         (
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(name)} · Millrace</title>",
-            f"<style>{_STYLE.replace('LIGHT', light)}</style></head><body>",
+            f"<style>{style}</style></head><body>",
             f'<p class="faint">Millrace run</p><h1>{escape(name)}</h1>',
             *sections,
             "</body></html>\n",

@@ -21,7 +21,13 @@ from replay.schema import StepSchema, Window
 from replay.writers import LaneWriter, Writer
 
 if TYPE_CHECKING:
+    from actors.assignments import Assignment
+    from actors.env_tasks import EnvTask
+    from actors.protocol import VectorEnv
     from actors.rollout import Rollout
+    from actors.task_env import TaskEnv
+    from actors.task_set import TaskSet
+    from cluster.curriculum.desk import Desk
     from learners.distributed import Group
     from learners.loop import Algorithm, LearnerLoop
     from learners.policy import Policy
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
 
 FIRST_VERSION = 1  # 0 stands for random actions
 TABLE = "steps"
-_ROLES = ("shard", "sampler", "learner", "actor", "prior")
+_ROLES = ("shard", "sampler", "learner", "actor", "prior", "desk")
 
 
 def seed_of(config: RunConfig, role: str, index: int = 0, incarnation: int = 0) -> int:
@@ -106,11 +112,59 @@ def window(config: RunConfig, schema: StepSchema) -> Window:
     return Window(length=algorithm.window_steps, observations=observations, stack=stack)
 
 
+def make_tasks(config: RunConfig) -> TaskSet[EnvTask] | None:
+    """The tasks of a run; None where every episode plays `env`.
+
+    Raises:
+        TaskError: they cannot be read or generated, or nothing says when an episode of one has passed.
+    """
+    if not config.has_tasks:
+        return None
+    from actors.env_tasks import make_env_tasks
+
+    return make_env_tasks(config.tasks, config.env)
+
+
+def env_schema(config: RunConfig, tasks: TaskSet[EnvTask] | None) -> StepSchema:
+    """The schema of the environments' steps, found without leaving a process or a thread behind.
+
+    Raises:
+        EnvError: an environment is unknown, cannot be built or does not fit, or does not fit the other tasks.
+    """
+    if tasks is not None:
+        from actors.task_schema import task_schema
+
+        return task_schema(config.env, config.tasks, tasks)
+    from actors.envs import check_env
+
+    return check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
+
+
 def row_schema(config: RunConfig, schema: StepSchema) -> StepSchema:
-    """The rows of the replay, from the schema of the environment's steps: recurrent policies store their state as well."""
+    """The rows of the replay, from the schema of the environment's steps: with a recurrent policy's state, and the task."""
     from learners.policy import row_schema
 
-    return row_schema(schema, make_policy(config, schema))
+    return row_schema(schema, make_policy(config, schema), tasks=config.has_tasks)
+
+
+def make_desk(config: RunConfig, tasks: TaskSet[EnvTask]) -> Desk:
+    """The head's desk for a run with tasks, with an empty record."""
+    from cluster.curriculum.desk import Desk, families_of
+    from cluster.curriculum.drawing import make_drawing
+    from cluster.curriculum.tracker import Tracker
+
+    settings = config.curriculum
+    tracker = Tracker(families_of(tasks), discount=settings.discount)
+    stages = np.array([task.stage for task in tasks], np.int64)
+    drawing = make_drawing(
+        settings, tracker, group_size=settings.group_size, seed=seed_of(config, "desk"), stages=stages
+    )
+    return Desk(tasks, tracker, drawing, group_size=episodes_in_group(config), names=("episodes", "steps"))
+
+
+def episodes_in_group(config: RunConfig) -> int:
+    """Episodes of one task that are judged together."""
+    return 1 if config.curriculum.filter == "none" else config.curriculum.group_size
 
 
 def table(config: RunConfig) -> TableSpec:
@@ -316,30 +370,85 @@ def make_rollout(
     random_steps: int,
     incarnation: int,
 ) -> Rollout:
-    """Actor `index`: its environments, its policy, and the writers to its shards."""
+    """Actor `index` of a run without tasks: its environments, its policy, and the writers to its shards."""
     from actors.envs import make_env
-    from actors.rollout import Rollout
 
-    seed = seed_of(config, "actor", index, incarnation)
     env = make_env(
         config.env,
         num_envs=config.actors.envs,
         batch_size=config.actors.batch_size,
         threads=config.actors.threads,
-        seed=seed % 2**31,
+        seed=seed_of(config, "actor", index, incarnation) % 2**31,
     )
+    return _rollout(config, schema, index, env, _one(writers), random_steps=random_steps, incarnation=incarnation)
+
+
+def make_task_rollout(
+    config: RunConfig,
+    schema: StepSchema,
+    index: int,
+    writers: Sequence[Writer],
+    *,
+    tasks: TaskSet[EnvTask],
+    ask: Callable[[int], Sequence[Assignment[EnvTask]]],
+    random_steps: int,
+    incarnation: int,
+) -> tuple[Rollout, TaskEnv]:
+    """As `make_rollout`, of a run with tasks: `ask` gives assignments; outcomes are taken from the environments."""
+    from actors.episode_filter import EpisodeFilter
+    from actors.task_env import TaskEnv
+    from cluster.curriculum.filter import GroupFilter
+
+    writer, settings, size = _one(writers), config.curriculum, episodes_in_group(config)
+    held = None
+    if settings.filter != "none":
+        band = GroupFilter(settings.low, settings.high, size)
+        writer = held = EpisodeFilter(writer, band.verdict, rows_per_write=config.actors.rows_per_write)
+    env = TaskEnv(
+        config.env,
+        config.tasks,
+        tasks,
+        ask,
+        num_envs=config.actors.envs,
+        threads=config.actors.threads,
+        seed=seed_of(config, "actor", index, incarnation) % 2**31,
+        group_size=size,
+        episode_filter=held,
+    )
+    made = _rollout(config, schema, index, env, writer, random_steps=random_steps, incarnation=incarnation)
+    return made, env
+
+
+def _one(writers: Sequence[Writer]) -> Writer:
+    """One writer to all shards of an actor."""
+    return writers[0] if len(writers) == 1 else LaneWriter(writers)
+
+
+def _rollout(
+    config: RunConfig,
+    schema: StepSchema,
+    index: int,
+    env: VectorEnv,
+    writer: Writer,
+    *,
+    random_steps: int,
+    incarnation: int,
+) -> Rollout:
+    from actors.rollout import Rollout
+
     return Rollout(
         env,
         make_policy(config, schema),
-        writers[0] if len(writers) == 1 else LaneWriter(writers),
+        writer,
         random_steps=random_steps,
         rows_per_write=config.actors.rows_per_write,
         write_every_s=config.actors.write_every_s if config.mode == "cluster" else math.inf,
-        seed=seed,
+        seed=seed_of(config, "actor", index, incarnation),
         stack=config.env.stack,
         first_lane=index * config.actors.envs,
         of_lanes=config.lanes,
         discount=config.algorithm.discount if config.algorithm.head.is_automatic else None,
+        tasks=config.has_tasks,
     )
 
 
@@ -373,8 +482,13 @@ def load_learner(path: Path, algorithm: Algorithm[Any]) -> int:
 
 
 def learner_status(loop: LearnerLoop[Any]) -> dict[str, Any]:
-    """Counters, metrics and what the learner waits for."""
-    return {**loop.stats(), "metrics": loop.metrics(), "waiting_for": loop.waiting_for}
+    """Counters, metrics, what the learner waits for, and errors by task since the last call, as `LearnerLoop.task_losses`."""
+    return {
+        **loop.stats(),
+        "metrics": loop.metrics(),  # raises where a loss is not finite: before the losses are taken
+        "waiting_for": loop.waiting_for,
+        "task_losses": loop.task_losses(),
+    }
 
 
 def actor_status(rollout: Rollout, writers: Sequence[Writer], *, after: int) -> dict[str, Any]:

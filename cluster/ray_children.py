@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ from configs.llm import LlmConfig
 START_S = 120.0  # the longest that a process may take to start
 ANSWER_S = 1.0  # where a process takes longer to answer, the head goes on with its last status
 MOST_RESTARTS, WITHIN_S = 5, 60.0  # a process that fails more often than this ends the run
+HEAD = "head"  # its name in Ray
+CLOSE_S = 10.0  # how long a shard may take to close
 SAVE_S = 600.0  # the longest that a process may take to write its part of a checkpoint
 
 log = logging.getLogger(__name__)
@@ -31,11 +34,12 @@ class Child:
     """A process the head has started; its name is a kind, and a number where there are several: `actor 3`."""
 
     name: str
-    worker: Any  # Ray's handle
+    worker: Any  # Ray's handle; None where it was found gone by a new head
     starting: Any = None  # answer of its `start`, until that is in
     status: dict[str, Any] = field(default_factory=dict)
     asked: Any = None  # answer of its `status` that has not come yet
     asked_at: float = 0.0  # monotonic
+    incarnation: int = 0  # of an actor
     writer: str = ""  # of an actor: the name it writes under
     failures: deque[float] = field(default_factory=deque)
 
@@ -46,6 +50,21 @@ class Child:
     @property
     def index(self) -> int:
         return int(self.name.partition(" ")[2])
+
+    def known(self) -> dict[str, Any]:
+        """What a new head needs to find it again, as JSON."""
+        return {
+            "actor_id": None if self.worker is None else _id(self.worker),
+            "incarnation": self.incarnation,
+            "writer": self.writer,
+            "is_starting": self.starting is not None,
+            "status": {key: value for key, value in self.status.items() if isinstance(value, int | float | str)},
+        }
+
+    def end(self) -> None:
+        """End it at once."""
+        if self.worker is not None:
+            ray.kill(self.worker)
 
 
 class Children:
@@ -64,6 +83,10 @@ class Children:
     def __contains__(self, name: str) -> bool:
         return name in self._children
 
+    def all(self) -> list[Child]:
+        """All of them."""
+        return list(self._children.values())
+
     def of(self, kind: str) -> list[Child]:
         """The processes of one kind."""
         return [child for child in self._children.values() if child.kind == kind]
@@ -76,7 +99,7 @@ class Children:
         """A new detached process; one of the same name must be dead."""
         failures = self._children[name].failures if name in self._children else deque()
         options = kind.options(
-            name=name.replace(" ", "-"),
+            name=_ray_name(name),
             namespace=self._namespace,
             lifetime="detached",
             num_cpus=cpus,
@@ -95,6 +118,31 @@ class Children:
                 time.sleep(0.05)
         child = self._children[name] = Child(name, worker, failures=failures)
         return child
+
+    def known(self) -> dict[str, dict[str, Any]]:
+        """What a new head needs for `adopt`, as JSON."""
+        return {child.name: child.known() for child in self._children.values()}
+
+    def adopt(self, known: Mapping[str, Mapping[str, Any]]) -> list[Child]:
+        """Take over the processes that a dead head has left. Returns those that it was still starting.
+
+        One that is gone, or that it had begun to replace, has no worker, which `look` tells of. Evaluators, whose answer is lost,
+        and whatever else it has left are ended.
+        """
+        starting = []
+        for name, about in known.items():
+            if name == "evaluator":
+                continue
+            known_as = about["actor_id"]
+            worker = None if known_as is None else _find(_ray_name(name), known_as)
+            child = self._children[name] = Child(name, worker)
+            child.incarnation, child.writer = about["incarnation"], about["writer"]
+            if child.kind == "shard":  # what it held, should it be gone
+                child.status = dict(about["status"])
+            if about["is_starting"] and child.worker is not None:
+                starting.append(child)
+        end_processes(but={HEAD, *(_ray_name(child.name) for child in self.all() if child.worker is not None)})
+        return starting
 
     def started(self, name: str, process: Mapping[str, Any]) -> None:
         """Note where a process runs."""
@@ -118,7 +166,7 @@ class Children:
 
     def ask_all(self, kind: str, method: str, *arguments: Any, timeout_s: float) -> None:
         """Call a method of every started process of a kind and wait; one that fails or takes too long is left behind."""
-        children = [c for c in self.of(kind) if c.starting is None and c.name not in self.lost]
+        children = [c for c in self.of(kind) if c.worker and c.starting is None and c.name not in self.lost]
         answers = [getattr(child.worker, method).remote(*arguments) for child in children]
         done, _ = ray.wait(answers, num_returns=len(answers), timeout=timeout_s) if answers else ([], [])
         for child, answer in zip(children, answers, strict=True):
@@ -138,6 +186,8 @@ class Children:
             RunError: a process could not start, or its loss is no longer a number.
         """
         watched = [c for c in self._children.values() if c.kind != "evaluator" and c.name not in self.lost]
+        failed = [(child, "died") for child in watched if child.worker is None]
+        watched = [child for child in watched if child.worker is not None]
         for child in watched:
             if child.asked is None and child.starting is None:
                 child.asked = child.worker.status.remote(*arguments.get(child.name, ()))
@@ -147,14 +197,13 @@ class Children:
         if asked:
             ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
         done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=0.0)
-        failed = []
-        for answer in sorted(done, key=lambda answer: pending[answer].kind != "shard"):
+        for answer in done:
             child = pending[answer]
             if (why := self._take(child, answer)) is not None:
                 failed.append((child, why))
         for child in watched:
             child.status["silent_s"] = 0.0 if child.asked is None else time.monotonic() - child.asked_at
-        return failed
+        return sorted(failed, key=lambda found: found[0].kind != "shard")
 
     def _take(self, child: Child, answer: Any) -> str | None:
         """Take in an answer to `start` or `status`. Returns why the process has failed, where it has."""
@@ -189,7 +238,7 @@ class Children:
             child.failures.popleft()
         if len(child.failures) > MOST_RESTARTS:
             raise RunError(f"{child.name} failed {len(child.failures)} times within {WITHIN_S:g} s: {why}")
-        ray.kill(child.worker)
+        child.end()
 
     def silent(self, seconds: float) -> list[str]:
         """The shards and the learner, where they have not answered for longer than this."""
@@ -200,7 +249,7 @@ class Children:
         """End a process at once."""
         child = self._children.pop(name)
         try:
-            ray.kill(child.worker)
+            child.end()
         except ray.exceptions.RayError as error:
             log.warning("%s could not be ended: %s", name, error)
 
@@ -209,6 +258,39 @@ class Children:
         self.ask_all("shard", "close", timeout_s=10.0)
         for name in list(self._children):
             self.kill(name)
+
+
+def end_processes(*, but: Collection[str]) -> None:
+    """End all processes of this run, whoever started them, but for some by their Ray names.
+
+    Shards are asked to close first: their storage would stay in memory.
+    """
+    # The head first: it would start the others again.
+    for name in sorted(ray.util.list_named_actors(), key=lambda name: name != HEAD):
+        worker = None if name in but else _find(name)
+        if worker is not None:
+            if name.startswith("shard"):
+                with suppress(ray.exceptions.RayError):
+                    ray.get(worker.close.remote(), timeout=CLOSE_S)
+            ray.kill(worker)
+
+
+def _ray_name(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def _id(worker: Any) -> str:
+    found: str = worker._actor_id.hex()
+    return found
+
+
+def _find(ray_name: str, actor_id: str | None = None) -> Any:
+    """Ray's handle of a living process of this run, that of an id where one is given; None where there is none."""
+    try:
+        worker = ray.get_actor(ray_name)
+    except ValueError:
+        return None
+    return worker if actor_id in (None, _id(worker)) else None
 
 
 def gpus_of_a_learner(config: AnyConfig, *, tell: Callable[..., None]) -> float:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from actors.assignments import Outcome
 from cluster import parts
-from cluster.head import Evaluation, Head, Tick
+from cluster.curriculum.desk import Desk
+from cluster.head import Evaluation, Head, TaskEvaluation, Tick
+from cluster.head_state import read_head_state
 from cluster.ray_children import ANSWER_S, Child
+from cluster.ray_desk import Answer, HeadDesk
 from cluster.ray_head import RunHead, resumed_at
 from cluster.ray_workers import ActorWorker, EvaluatorWorker, LearnerWorker, ShardWorker
 from cluster.recorder import LEARNER, replay_folder
@@ -34,13 +39,23 @@ class ControlHeadWorker(RunHead):
         """
         opened: RunFolder[RunConfig] = RunFolder.open(Path(folder))
         checkpoint = None if resume is None else Path(resume)
-        started, state = resumed_at(wall_started, checkpoint)
+        kept = read_head_state(opened.path, wall_started)
+        started, state = resumed_at(wall_started, checkpoint, kept)
         head = Head(opened.config, wall_started=started, state=state)
-        super().__init__(opened, head, wall_started, checkpoint)
+        super().__init__(opened, head, wall_started, checkpoint, kept)
         self._schema = schema
         self._told_extent: tuple[float, float] | None = None  # of returns, to learner 0, which tells the others
+        self._desk: HeadDesk[Desk] = HeadDesk(self._folder.path, tell=self._recorder.event)  # open in runs with tasks
         self._next_episode: dict[str, int] = {}
         self._begin()
+
+    # ------------------------------------------------- calls from other processes
+
+    def exchange(
+        self, actor: str, incarnation: int, first: int, outcomes: Sequence[Outcome], want: int, held: int
+    ) -> Answer | None:
+        """As `HeadDesk.exchange`; a run that is ending gives no assignments."""
+        return self._desk.exchange(actor, incarnation, first, outcomes, 0 if self._finishing else want, held)
 
     # --------------------------------------------------------------- processes
 
@@ -51,6 +66,9 @@ class ControlHeadWorker(RunHead):
         for index in range(config.actors.count):
             self._spawn_actor(index)
         self._spawn_learners()
+        tasks = parts.make_tasks(config)
+        if tasks is not None:
+            self._desk.open(parts.make_desk(config, tasks), self._resume)
         self._addresses = [""] * config.replay.shards
         self._ports = [0] * config.replay.shards
         kept = self._resume if config.checkpoints.replay else None
@@ -60,8 +78,7 @@ class ControlHeadWorker(RunHead):
             self._resume_limiter()
         self._tell_addresses()
         for index in range(config.actors.count):
-            child = self._children[f"actor {index}"]
-            child.starting = child.worker.start.remote(self._addresses)
+            self._start_actor(index)
         version = max(counts.version + 1, parts.FIRST_VERSION)
         self._start_learners(None if self._resume is None else self._resume / LEARNER, version)
 
@@ -112,7 +129,7 @@ class ControlHeadWorker(RunHead):
 
     def _other_shards(self) -> list[dict[str, Any]]:
         """Newest status of all shards but the first, from those that answer now."""
-        others = [child for child in self._children.of("shard") if child.index != 0]
+        others = [child for child in self._children.of("shard") if child.index != 0 and child.worker]
         answers = [child.worker.status.remote() for child in others]
         ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S) if answers else None
         found = []
@@ -157,7 +174,12 @@ class ControlHeadWorker(RunHead):
             self._security,
             cpus=self._config.actors.cpus,
         )
-        child.writer = parts.writer_name(index, incarnation)
+        child.incarnation, child.writer = incarnation, parts.writer_name(index, incarnation)
+        self._desk.serve(child.name, incarnation)
+
+    def _start_actor(self, index: int) -> None:
+        child = self._children[f"actor {index}"]
+        child.starting = child.worker.start.remote(self._addresses)
 
     def _make_learner(self, rank: int, *, name: str, gpus: float, incarnation: int) -> None:
         self._children.make(
@@ -180,13 +202,24 @@ class ControlHeadWorker(RunHead):
     def _replace(self, child: Child) -> str:
         if child.kind == "shard":
             return self._restart_shard(child)
+        if self._desk.is_open:
+            self._desk.forget(child.name)
         for shard in parts.shards_of_actor(self._config, child.index):
             self._children[f"shard {shard}"].worker.end_writer.remote(child.writer)
         self._spawn_actor(child.index)
         self._head.rebase(child.name, {})
-        fresh = self._children[child.name]
-        fresh.starting = fresh.worker.start.remote(self._addresses)
+        self._start_actor(child.index)
         return "a new one takes its place"
+
+    def _more_state(self) -> dict[str, Any]:
+        return {"next_episode": self._next_episode}
+
+    def _restore_more(self, kept: Mapping[str, Any]) -> None:
+        self._next_episode = dict(kept["next_episode"])
+        if (tasks := parts.make_tasks(self._config)) is not None:
+            for child in self._children.of("actor"):
+                self._desk.serve(child.name, child.incarnation)
+            self._desk.recover(parts.make_desk(self._config, tasks))
 
     # ----------------------------------------------------------------- watching
 
@@ -203,19 +236,46 @@ class ControlHeadWorker(RunHead):
                 returns += status["returns"]
                 lengths += status["lengths"]
                 self._next_episode[name] = status["next_episode"]
-        self._recorder.row(self._head.tick(Tick(**moment, returns=returns, lengths=lengths)))
+        desk = self._ask_desk()
+        self._recorder.row(self._head.tick(Tick(**moment, returns=returns, lengths=lengths, desk=desk)))
         extent = self._head.return_extent
         if moment["learner"] and extent is not None and extent != self._told_extent:
             self._told_extent = extent
             self._children["learner"].worker.observe_returns.remote(*extent)
 
-    # -------------------------------------------------------------- evaluation
+    def _ask_desk(self) -> dict[str, float]:
+        """The desk's metrics, once it was told of the learner's losses."""
+        if not self._desk.is_open:
+            return {}
+        # Taken away, for a status that came late is looked at again.
+        for child in self._children.of("learner"):  # the first alone tells some
+            if (losses := child.status.pop("task_losses", None)) is not None:
+                self._desk.desk.score(*losses)
+        return self._desk.desk.metrics()
+
+    # -------------------------------------------------- evaluation, checkpoint
 
     def _ask_evaluation(self, weights: Any) -> Any:
         if "evaluator" not in self._children:
             self._children.make("evaluator", EvaluatorWorker, self._config, self._schema, cpus=0.0)
         return self._children["evaluator"].worker.evaluate.remote(weights)
 
+    def _evaluation_again(self, kept: Mapping[str, Any]) -> Evaluation:
+        lists = {name: tuple(kept[name]) for name in ("returns", "worst_drop")}
+        tasks = {
+            name: TaskEvaluation(tuple(one["returns"]), tuple(one["passed"])) for name, one in kept["tasks"].items()
+        }
+        return Evaluation(**{**kept, **lists, "tasks": tasks})
+
     def _evaluation_of(self, answer: Any, step: int, version: int) -> Evaluation:
-        returns, seconds = answer
-        return Evaluation(step, version, tuple(returns), seconds)
+        return Evaluation.of(answer, step=step, version=version)
+
+    def _checkpoint(self) -> bool:
+        done = super()._checkpoint()
+        if self._desk.is_open and (latest := self._latest()) is not None:
+            self._desk.saved(latest.path)
+        return done
+
+    def _save_more(self, path: Path) -> None:
+        if self._desk.is_open:
+            self._desk.save(path)

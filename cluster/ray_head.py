@@ -1,18 +1,20 @@
 """What the head of any run does under Ray: watches the other processes, starts them again, and keeps the books.
 
-One thread runs the control loop; calls from actors, the learner and the driver are answered beside it.
+One thread runs the control loop; calls from actors, the learner and the driver are answered beside it. A head that dies is
+started again by Ray: it takes over the processes, which live on, with the state that the dead one left (`cluster.head_state`).
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +23,22 @@ import ray
 from cluster.books import SILENT_S, Books, Measured
 from cluster.checkpoint import Checkpoint, Checkpoints, read_manifest
 from cluster.files import read_json, write_json
-from cluster.ray_children import START_S, Child, Children, RunError, gpus_of_a_learner, saved, short
+from cluster.head_state import HeadStateFile
+from cluster.ray_children import HEAD as HEAD_NAME
+from cluster.ray_children import (
+    MOST_RESTARTS,
+    SAVE_S,
+    START_S,
+    WITHIN_S,
+    Child,
+    Children,
+    RunError,
+    end_processes,
+    gpus_of_a_learner,
+    saved,
+    short,
+)
+from cluster.ray_threads import process
 from cluster.recorder import HEAD, LEARNER, Recorder
 from cluster.runs import ADDRESSES, RunFolder
 
@@ -30,13 +47,25 @@ RETRY_S = 30.0  # until a checkpoint that could not be written is tried again
 EVALUATE_S = 1800.0  # the longest that the end of a run waits for an evaluation
 STOP_S = 10.0  # how long an actor may take to stop, a learner thrice that
 LINGER_S = 60.0  # how long the head of an ended run waits for a driver to ask how it ended
+WEIGHTS_S = 60.0  # how long a new head waits for the learner's newest weights
+# What the dead head has counted since its last state is not known to the new one, which leaves room for it.
+SHOWN_AHEAD = 1 << 20  # lines
+BORN_AHEAD = 1 << 12  # processes
 
 log = logging.getLogger(__name__)
 
 
-def resumed_at(wall_started: float, resume: Path | None) -> tuple[float, dict[str, Any] | None]:
-    """What `Books` begins with: the monotonic time of the epoch second `wall_started`, and the state in a checkpoint."""
-    return time.monotonic() - (time.time() - wall_started), None if resume is None else read_json(resume / HEAD)
+def resumed_at(
+    wall_started: float, resume: Path | None, kept: Mapping[str, Any] | None = None
+) -> tuple[float, dict[str, Any] | None]:
+    """What `Books` begins with: the monotonic time of the epoch second `wall_started`, and the state in a checkpoint.
+
+    kept: what a head that died has left; its state comes first.
+    """
+    since = time.monotonic() - (time.time() - wall_started)
+    if kept is not None and kept["is_started"]:
+        return since, kept["books"]
+    return since, None if resume is None else read_json(resume / HEAD)
 
 
 class RunHead(ABC):
@@ -44,16 +73,24 @@ class RunHead(ABC):
 
     A subclass makes its own fields after those of this class, and then calls `_begin`, which starts the control loop. What
     it fills in are the abstract methods; `_arguments`, `_start_learners`, `_save_learner`, `_save_shards`, `_save_more`,
-    `_stall`, `_checkpoint_due` and `_to_evaluate` have a body that it may replace.
+    `_stall`, `_checkpoint_due`, `_to_evaluate`, `_more_state` and `_restore_more` have a body that it may replace.
     """
 
     FIRST: ClassVar[str]  # what actors do first, as the event of it says: "environment step"
 
-    def __init__(self, folder: RunFolder[Any], head: Books, wall_started: float, resume: Path | None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder[Any],
+        head: Books,
+        wall_started: float,
+        resume: Path | None,
+        kept: Mapping[str, Any] | None = None,
+    ) -> None:
         """
         folder: of the run; the node of the head must reach it.
         wall_started: epoch seconds at which the command was started.
         resume: folder of the checkpoint to go on from.
+        kept: what a head that died has left in the folder; None for the first head of a run.
         """
         self._folder = folder
         self._config = folder.config
@@ -64,22 +101,38 @@ class RunHead(ABC):
         resumed = None if resume is None else read_manifest(resume)
         self._recorder = Recorder(folder, head, show=self._show, resume=resumed)
         self._self = ray.get_runtime_context().current_actor
-        self._born = itertools.count()
+        self._kept = kept
+        self._state_file = HeadStateFile(folder.path, tell=lambda text: self._recorder.event("warning", text))
+        now = time.time()
+        deaths = [] if kept is None else [*kept["deaths"], now]
+        self._deaths = [at for at in deaths if now - at <= WITHIN_S]  # of heads; epoch
+        self._born = 0 if kept is None else kept["born"] + BORN_AHEAD
+        self._is_started = False
+        self._is_checkpointing = False
+        self._stop_reason: str | None = None  # once the run is ending
+        self._learner_start: tuple[str | None, int] | None = (
+            None  # checkpoint's file and version that learners began with
+        )
         self._children = Children(ray.get_runtime_context().namespace, tell=self._recorder.event)
         self._addresses: list[str] = []  # of the shards
         self._ports: list[int] = []
         self._weights: tuple[int, bytes, Any] = (0, b"", None)
         self._weights_lock = threading.Lock()
+        self._highest_had = 0  # version of weights that an actor has said to have
         self._unsaved_best: tuple[float, bytes] | None = None  # score and policy
         self._tried_at = 0.0  # to write a checkpoint; monotonic
         self._evaluation: tuple[Any, int, int, bytes] | None = None  # answer, step, version, weights
+        self._evaluate_again = False  # one was lost with a head
         self._is_second_try = False  # of the evaluation
         self._next_warning = 0  # of learner 0
         self._first_step_told = False
         self._first_step: float | None = None  # monotonic
         self._finishing = False
-        self._shown: deque[tuple[dict[str, float] | None, str | None]] = deque()
-        self._shown_before = 0  # shown earlier, and let go of
+        self._shown: deque[tuple[int, dict[str, float] | None, str | None]] = deque()  # numbered
+        self._next_shown = 0
+        if kept is not None:
+            self._shown.extend((index, row, line) for index, row, line in kept["shown"])
+            self._next_shown = kept["next_shown"] + SHOWN_AHEAD
         self._stop_asked: str | None = None
         self._wake = threading.Event()
         self._outcome: dict[str, Any] | None = None
@@ -115,6 +168,10 @@ class RunHead(ABC):
     def _evaluation_of(self, answer: Any, step: int, version: int) -> Measured:
         """The evaluation in the value of the reference that `_ask_evaluation` returned."""
 
+    @abstractmethod
+    def _evaluation_again(self, kept: Mapping[str, Any]) -> Measured:
+        """An evaluation of which `dataclasses.asdict` was kept as JSON."""
+
     def _arguments(self) -> dict[str, tuple[Any, ...]]:
         """Arguments of the next `status` of processes, by their name."""
         return {"learner": (self._next_warning,)}
@@ -132,12 +189,25 @@ class RunHead(ABC):
     def _save_more(self, path: Path) -> None:  # noqa: B027 - most runs have none
         """Write further files into the folder of a checkpoint."""
 
+    def _more_state(self) -> dict[str, Any]:
+        """What else a new head needs that takes this one's place, as JSON."""
+        return {}
+
+    def _restore_more(self, kept: Mapping[str, Any]) -> None:  # noqa: B027 - most runs have none
+        """Take over what `_more_state` has returned; the processes that live on are known by now, and not looked at yet."""
+
+    @abstractmethod
+    def _start_actor(self, index: int) -> None:
+        """Have an actor begin, or, where it is told so again, tell once more how it began."""
+
     def _stall(self) -> str | None:
         """A line about what is stuck, told once; None where nothing is."""
         return self._head.stall()
 
     def _checkpoint_due(self) -> bool:
-        """Whether a checkpoint should be written now."""
+        """Whether a checkpoint should be written now; not while a learner starts."""
+        if any(child.starting is not None for child in self._children.of("learner")):
+            return False
         return self._head.checkpoint_due(time.monotonic())
 
     def _to_evaluate(self) -> tuple[int, tuple[int, bytes, Any]]:
@@ -155,19 +225,22 @@ class RunHead(ABC):
 
     def policy(self, have: int) -> tuple[int, Any] | None:
         """Newest (version, reference to its weights), or None where `have` is the newest."""
+        self._highest_had = max(self._highest_had, have)
         version, _, reference = self._weights
         return None if version <= have else (version, reference)
 
     def status(self, after: int) -> dict[str, Any]:
-        """What was shown from index `after` on as (row, line), and how the run ended once it has.
+        """What was shown from number `after` on as (row, line), the number to ask for `next`, and how the run ended once it has.
 
         What lies before `after` has arrived and is let go of.
         """
+        outcome = self._outcome  # first: what is shown after it is not waited for
         shown = self._shown
-        while self._shown_before < after and shown:
+        while shown and shown[0][0] < after:
             shown.popleft()
-            self._shown_before += 1
-        return {"shown": list(shown), "outcome": self._outcome}
+        found = list(shown)
+        following = found[-1][0] + 1 if found else after
+        return {"shown": [(row, line) for _, row, line in found], "next": following, "outcome": outcome}
 
     def stop(self, reason: str) -> None:
         """End the run with a checkpoint."""
@@ -175,32 +248,74 @@ class RunHead(ABC):
         self._wake.set()
 
     def _show(self, row: dict[str, float] | None, line: str | None) -> None:
-        self._shown.append((row, line))
+        self._shown.append((self._next_shown, row, line))
+        self._next_shown += 1
 
     # ------------------------------------------------------------- control loop
 
     def _control(self) -> None:
+        kept = self._kept
+        self._children.started(HEAD_NAME, process())
+        outcome: dict[str, Any] | None = None if kept is None else kept["outcome"]
         try:
-            self._start()
-            reason = self._supervise()
-            summary = self._finish(reason)
-            outcome: dict[str, Any] = {"summary": summary}
+            if outcome is None:
+                outcome = {"summary": self._run()}
         except BaseException as error:
             log.exception("the run failed")
             text = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
             outcome = {"error": text}
             self._recorder.event("error", text)
         finally:
-            (self._folder.path / ADDRESSES).unlink(missing_ok=True)
-            for part in (self._recorder, self._children):
+            # Before anything is removed that a head which takes this one's place would miss.
+            for end in (
+                partial(self._keep, outcome),
+                self._remove_addresses,
+                self._recorder.close,
+                self._end_processes,
+            ):
                 try:
-                    part.close()
+                    end()
                 except Exception:  # the driver waits for the outcome all the same
                     log.exception("the run was not cleaned up")
         self._outcome = outcome
         # Where the driver has died, nobody else would end this process.
         time.sleep(LINGER_S)
         ray.kill(self._self)
+
+    def _run(self) -> dict[str, Any]:
+        """Start, or go on where the head that died has left off, until the run ends. Returns the summary."""
+        kept = self._kept
+        if kept is None:
+            if left := set(ray.util.list_named_actors()) - {HEAD_NAME}:
+                raise RunError(
+                    f"the head died and left no state, for the disk may have been full; ended with {', '.join(sorted(left))}; go "
+                    "on from the last checkpoint with --resume"
+                )
+            self._keep()
+            self._start()
+        else:
+            if len(self._deaths) > MOST_RESTARTS:
+                raise RunError(f"the head died {len(self._deaths)} times within {WITHIN_S:g} s")
+            if kept["is_started"]:
+                self._come_back(kept)
+            else:
+                self._head.counts.restarts = kept["books"]["counts"]["restarts"] + 1
+                self._recorder.event(
+                    "restart", "the head died while the run was starting; everything is started afresh"
+                )
+                self._keep()
+                end_processes(but={HEAD_NAME})
+                self._start()
+        self._is_started = True
+        self._keep()
+        return self._finish(self._stop_reason or self._supervise())
+
+    def _remove_addresses(self) -> None:
+        (self._folder.path / ADDRESSES).unlink(missing_ok=True)
+
+    def _end_processes(self) -> None:
+        self._children.close()
+        end_processes(but={HEAD_NAME})  # of a head that died meanwhile
 
     def _supervise(self) -> str:
         period = self._config.report_every_s
@@ -214,10 +329,11 @@ class RunHead(ABC):
             if (stall := self._stall()) is not None:
                 self._recorder.event("warning", stall)
             self._follow_evaluation()
+            self._keep()
             reason = self._stop_asked or self._head.stop_reason()
             if reason is not None:
                 return reason
-            if self._evaluation is None and self._weights[0] and self._head.evaluation_due():
+            if self._evaluation is None and self._weights[0] and (self._evaluate_again or self._head.evaluation_due()):
                 self._begin_evaluation()
             # Not while somebody does not answer: the checkpoint would wait for it, and nobody tell of the stall.
             again = self._unsaved_best is not None and time.monotonic() - self._tried_at > RETRY_S
@@ -226,7 +342,8 @@ class RunHead(ABC):
 
     def _finish(self, reason: str) -> dict[str, Any]:
         head = self._head
-        self._finishing = True
+        self._finishing, self._stop_reason = True, reason
+        self._keep()
         # Actors first: one that waits for room in the replay needs the learner to go on.
         for child in self._children.of("actor"):
             if child.starting is not None:
@@ -236,7 +353,8 @@ class RunHead(ABC):
         self._stop_learners()
         if not self._stop_asked:  # who asks to stop has no time for it
             self._await_evaluation()
-        if head.final_evaluation_due and self._weights[0] and self._evaluation is None:
+        due = head.final_evaluation_due or (self._evaluate_again and not self._stop_asked)
+        if due and self._weights[0] and self._evaluation is None:
             self._begin_evaluation()
             self._await_evaluation()
         if self._stop_asked and not self._weights[0]:
@@ -287,14 +405,16 @@ class RunHead(ABC):
             self._make_learner(rank, name=_learner(rank), gpus=gpus, incarnation=incarnation)
 
     def _start_learners(self, checkpoint: Path | None, version: int) -> None:
-        """Have the learners begin, together: those of a group wait for each other where learner 0 tells."""
+        """Have the learners begin, together: those of a group wait for each other where learner 0 tells.
+
+        One that has begun already tells once more how.
+        """
         learners = [self._children[_learner(rank)] for rank in range(self._config.learners.count)]
+        self._learner_start = None if checkpoint is None else str(checkpoint), version
         # Not waited for: Ray hands the answer to the others once it is there.
         rendezvous = learners[0].worker.rendezvous.remote() if len(learners) > 1 else None
         for child in learners:
-            child.starting = child.worker.start.remote(
-                self._addresses, None if checkpoint is None else str(checkpoint), version, rendezvous
-            )
+            child.starting = child.worker.start.remote(self._addresses, *self._learner_start, rendezvous)
 
     def _restart_learners(self, failed: Sequence[tuple[Child, str]]) -> None:
         """Put new learners in the place of all, where one is dead or failed: they must go on from the same parameters."""
@@ -306,11 +426,11 @@ class RunHead(ABC):
         for rank in range(count):
             other = self._children[_learner(rank)]
             if other is not child:
-                ray.kill(other.worker)
+                other.end()
         checkpoint = self._latest()
         before = self._head.counts.updates
         self._spawn_learners()
-        version = max(self._head.counts.version, self._weights[0]) + 1
+        version = self._highest_version() + 1
         self._start_learners(None if checkpoint is None else checkpoint.path / LEARNER, version)
         self._head.rebase("learner", {})
         back = 0 if checkpoint is None else checkpoint.updates
@@ -318,10 +438,12 @@ class RunHead(ABC):
         self._head.counts.updates_lost += lost
         new = "a new one goes on" if count == 1 else f"{count} new learners go on"
         self._recorder.event("restart", f"{child.name} {why}; {new} from update {back}, {lost} updates are lost")
+        self._keep()
 
     def _incarnation(self) -> int:
         """Tells every process that this run ever starts from every other, for their seeds."""
-        return (self._head.counts.incarnation << 20) + next(self._born)
+        self._born += 1
+        return (self._head.counts.incarnation << 20) + self._born - 1
 
     def _restart(self, child: Child, why: str) -> None:
         """Put a new process in the place of a dead or failed shard or actor."""
@@ -334,9 +456,97 @@ class RunHead(ABC):
         self._head.counts.restarts += 1
         told = self._replace(child)
         self._recorder.event("restart", f"{name} {why}; {told}")
+        self._keep()
 
     def _latest(self) -> Checkpoint | None:
         return Checkpoints(self._folder.checkpoints, keep=self._config.checkpoints.keep).latest()
+
+    # ------------------------------------------------------ after the head's death
+
+    def _keep(self, outcome: dict[str, Any] | None = None) -> None:
+        """Put what a new head needs on disk: one moment, in which the counts are those of the statuses they were taken from."""
+        evaluated: Any = self._head.last_evaluation
+        first_step = self._first_step
+        state = {
+            "wall_started": self._wall_started,
+            "is_started": self._is_started,
+            "outcome": outcome,
+            "stop_asked": self._stop_asked,
+            "stop_reason": self._stop_reason,
+            "deaths": self._deaths,
+            "books": self._head.live_state(),
+            "metrics": self._recorder.waiting(),
+            "shown": list(self._shown),
+            "next_shown": self._next_shown,
+            "children": self._children.known(),
+            "lost": sorted(self._children.lost),
+            "born": self._born,
+            "addresses": self._addresses,
+            "ports": self._ports,
+            "learner_start": self._learner_start,
+            "next_warning": self._next_warning,
+            "first_step": None if first_step is None else first_step - time.monotonic() + time.time(),
+            "evaluated": None if evaluated is None else asdict(evaluated),
+            "is_evaluation_row_due": self._head.evaluation_row_due,
+            "is_evaluating": self._evaluation is not None or self._evaluate_again,
+            "has_unsaved_best": self._unsaved_best is not None,
+            "is_checkpointing": self._is_checkpointing,
+        }
+        self._state_file.write(state | self._more_state())
+
+    def _come_back(self, kept: Mapping[str, Any]) -> None:
+        """Take over the processes of the head that died, and all that it knew; those that are gone are found by the first look."""
+        self._stop_asked = self._stop_asked or kept["stop_asked"]
+        self._stop_reason = kept["stop_reason"]
+        self._finishing = self._stop_reason is not None
+        self._addresses, self._ports = kept["addresses"], kept["ports"]
+        self._next_warning = kept["next_warning"]
+        if kept["first_step"] is not None:
+            self._first_step_told = True
+            self._first_step = time.monotonic() - (time.time() - kept["first_step"])
+        starting = self._children.adopt(kept["children"])
+        self._children.lost.update(kept["lost"])
+        if kept["is_checkpointing"]:
+            # What the dead head had them write is nobody's now; the next one may go to the same place.
+            for kind in ("learner", "shard"):
+                self._children.ask_all(kind, "settle", timeout_s=SAVE_S)
+        self._recorder.go_on(kept["metrics"])
+        self._restore_evaluation(kept)
+        self._restore_more(kept)
+        for child in starting:
+            if child.kind == "actor":
+                self._start_actor(child.index)
+        learners = self._children.of("learner")
+        if all(child.worker for child in learners):
+            if any(child.kind == "learner" for child in starting):
+                checkpoint, version = kept["learner_start"]
+                self._start_learners(None if checkpoint is None else Path(checkpoint), version)
+            else:
+                self._fetch_weights()
+        self._learner_start = self._learner_start or kept["learner_start"]
+        self._head.counts.restarts += 1
+        count = sum(child.worker is not None for child in self._children.all())
+        told = f"the head died; a new one goes on at step {self._head.step} with {count} processes, which lived on"
+        self._recorder.event("restart", told)
+
+    def _restore_evaluation(self, kept: Mapping[str, Any]) -> None:
+        if kept["evaluated"] is not None:
+            evaluation = self._evaluation_again(kept["evaluated"])
+            self._head.restore_evaluation(evaluation, row_due=kept["is_evaluation_row_due"])
+        self._evaluate_again = kept["is_evaluating"]
+        if kept["has_unsaved_best"]:  # that policy is gone
+            best = Checkpoints(self._folder.checkpoints).best()
+            self._head.best = None if best is None else best.eval_mean_return
+            self._evaluate_again = True
+
+    def _fetch_weights(self) -> None:
+        """The weights that the dead head had been given: what it kept of them for others is gone with it."""
+        try:
+            newest = ray.get(self._children["learner"].worker.newest.remote(), timeout=WEIGHTS_S)
+        except (ray.exceptions.RayError, TimeoutError):
+            return  # the next ones come by themselves; if it is dead, the next look tells
+        if newest is not None:
+            self.publish(*newest)
 
     # ----------------------------------------------------------------- watching
 
@@ -371,8 +581,7 @@ class RunHead(ABC):
                 seconds = status["first_step_at"] - self._wall_started
                 self._recorder.event("start", f"first {self.FIRST} {seconds:.1f} s after the command")
         learner = self._children.statuses("learner").get("learner", {})
-        # Actors may act with weights that the learner's last status does not know of.
-        self._head.counts.version = max(self._head.counts.version, self._weights[0])
+        self._head.counts.version = self._highest_version()
         return {
             "time": time.monotonic(),
             "actors": actors,
@@ -384,9 +593,16 @@ class RunHead(ABC):
             "first_step": self._first_step,
         }
 
+    def _highest_version(self) -> int:
+        """Of the weights that were ever published: actors take no older ones."""
+        # The learner's last status may not know of them, nor a new head of what a dead one was given.
+        acting = (int(status.get("version") or 0) for status in self._children.statuses("actor").values())
+        return max(self._head.counts.version, self._weights[0], self._highest_had, *acting)
+
     # ---------------------------------------------------- evaluation, checkpoint
 
     def _begin_evaluation(self) -> None:
+        self._evaluate_again = False
         step, (version, data, reference) = self._to_evaluate()
         self._evaluation = (self._ask_evaluation(reference), step, version, data)
 
@@ -415,6 +631,8 @@ class RunHead(ABC):
         self._recorder.event("evaluation", evaluation.text)
         if best:
             self._unsaved_best = (evaluation.score, data)
+        self._keep()
+        if best:
             self._checkpoint()
 
     def _checkpoint(self) -> bool:
@@ -430,6 +648,8 @@ class RunHead(ABC):
         if any(child.starting is not None or child.status.get("error") for child in self._children.of("learner")):
             self._recorder.event("warning", "no checkpoint was written: the learner was not running")
             return False
+        self._is_checkpointing = True
+        self._keep()
         try:
             written = self._recorder.checkpoint(
                 save_learner=self._save_learner,
@@ -442,8 +662,11 @@ class RunHead(ABC):
             # A process died meanwhile: the next look at it starts it again, and what was written is gone.
             self._recorder.event("warning", f"no checkpoint was written: {short(error)}")
             return False
+        finally:
+            self._is_checkpointing = False
         if written:
             self._unsaved_best = None
+        self._keep()
         return True
 
 

@@ -8,12 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 
 from cluster.checkpoint import Checkpoint
+from cluster.head_state import STATE
+from cluster.ray_children import HEAD, end_processes
 from cluster.runs import AnyConfig, RunFolder
 from configs.llm import LlmConfig
 from replay.security import check_host
@@ -47,15 +49,16 @@ def _head_of(config: AnyConfig) -> tuple[Any, dict[str, Any]]:
 
     Raises:
         EnvError: the environment is unknown or does not fit.
+        TaskError: the tasks cannot be made.
     """
     if isinstance(config, LlmConfig):
         from cluster.ray_llm import LlmHeadWorker
 
         return LlmHeadWorker, {}
-    from actors.envs import check_env
+    from cluster import parts
     from cluster.ray_control import ControlHeadWorker
 
-    schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
+    schema = parts.env_schema(config, parts.make_tasks(config))
     return ControlHeadWorker, {"schema": schema.to_json()}
 
 
@@ -89,11 +92,13 @@ def run_on_ray(
         with _sigterm_kept():
             _init(config, namespace(folder.path.name), show)
         options = head_class.options(
-            name="head",
+            name=HEAD,
             namespace=namespace(folder.path.name),
             lifetime="detached",
             num_cpus=0,
-            max_restarts=0,
+            # A head that dies is started again, and what it was asked, which may be asked twice, is asked of the new one.
+            max_restarts=-1,
+            max_task_retries=-1,
             max_concurrency=64,
         )
         try:
@@ -110,7 +115,8 @@ def run_on_ray(
         try:
             return _follow(head, show, stopping)
         finally:
-            _remove_processes()
+            end_processes(but=())
+            (folder.path / STATE).unlink(missing_ok=True)
     finally:
         ray.shutdown()
 
@@ -128,18 +134,6 @@ def _sigterm_kept() -> Iterator[None]:
         raise ClusterError("stopped by a signal while Ray was starting: nothing has been trained") from None
     finally:
         signal.signal(signal.SIGTERM, handler)
-
-
-def _remove_processes() -> None:
-    """End what is left of the run: the head, and all it has started where it could not end them itself."""
-    # The head first: it would start the others again.
-    for name in sorted(ray.util.list_named_actors(), key=lambda name: name != "head"):
-        with suppress(ValueError):  # gone by itself meanwhile
-            worker = ray.get_actor(name)
-            if name.startswith("shard"):
-                with suppress(ray.exceptions.RayError):
-                    ray.get(worker.close.remote(), timeout=5.0)  # its storage would stay in memory
-            ray.kill(worker)
 
 
 def _init(config: AnyConfig, name: str, show: Callable[[None, str], None]) -> None:
@@ -202,15 +196,16 @@ def _follow(
             raise ClusterError(f"the head is lost: {error}; go on from the last checkpoint with --resume") from error
         for row, line in status["shown"]:
             show(row, line)
-        after += len(status["shown"])
+        after = status["next"]
         outcome = status["outcome"]
         if outcome is not None:
             if "error" in outcome:
                 raise RuntimeError(outcome["error"])
             summary: dict[str, Any] = outcome["summary"]
             return summary
-        if stopping.is_set() and not told:
-            told = True
-            show(None, "stopping: a checkpoint is written first")
-            head.stop.remote("stopped by a signal")
+        if stopping.is_set():
+            if not told:
+                told = True
+                show(None, "stopping: a checkpoint is written first")
+            head.stop.remote("stopped by a signal")  # each time: a head that dies may forget
         stopping.wait(POLL_S) if not told else time.sleep(POLL_S)

@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
 
-from actors.assignments import Assignment, Outcome
-from actors.llm.tasks import Task
+from actors.assignments import Outcome
 from cluster.books import STALL_S
+from cluster.head_state import read_head_state
 from cluster.llm import parts
 from cluster.llm.audits import audits
-from cluster.llm.desk import Desk
+from cluster.llm.desk import PromptDesk
 from cluster.llm.examples import ExampleFile
 from cluster.llm.head import LlmEvaluation, LlmHead, LlmTick
 from cluster.ray_children import Child, saved
+from cluster.ray_desk import Answer, HeadDesk
 from cluster.ray_head import RETRY_S, RunHead, resumed_at
 from cluster.ray_llm_workers import LlmEvaluatorWorker, LlmLearnerWorker, QueueShardWorker, SamplerWorker
 from cluster.recorder import LEARNER, replay_folder
@@ -50,11 +51,11 @@ class LlmHeadWorker(RunHead):
         """
         opened = RunFolder.open(Path(folder))
         path = None if resume is None else Path(resume)
-        started, state = resumed_at(wall_started, path)
-        super().__init__(opened, LlmHead(opened.config, wall_started=started, state=state), wall_started, path)
-        self._desk: Desk  # made in `_start`, where an error is told as one
+        kept = read_head_state(opened.path, wall_started)
+        started, state = resumed_at(wall_started, path, kept)
+        super().__init__(opened, LlmHead(opened.config, wall_started=started, state=state), wall_started, path, kept)
+        self._desk: HeadDesk[PromptDesk] = HeadDesk(self._folder.path, tell=self._recorder.event)
         self._examples = ExampleFile(self._folder.path)
-        self._at_work: dict[str, int] = {}  # actor → incarnation of the one that is served
         self._readers: dict[str, str] = {}  # learner → name under which the present one reads
         self._published: deque[_Published] = deque(maxlen=self._config.actors.hold_back + 1)
         self._steps: deque[tuple[int, int]] = deque(
@@ -66,30 +67,35 @@ class LlmHeadWorker(RunHead):
         self._holds = 0  # checkpoints tried: a number for each
         self._gpus = self._config.actors.count * self._config.actors.gpus  # set aside for actors and learners
         self._has_checkpoint = path is not None
+        if kept is not None and kept["is_started"]:
+            # Here, for the learner may publish at once.
+            self._steps.extend((version, step) for version, step in kept["steps"])
         self._begin()
 
     # ------------------------------------------------- calls from other processes
 
-    def exchange(self, actor: str, incarnation: int, count: int, outcomes: Sequence[Outcome]) -> list[Assignment[Task]]:
-        """An actor hands in outcomes and takes at most `count` assignments; one that was replaced gets none."""
-        self._desk.record(outcomes)
-        if self._finishing or self._at_work.get(actor) != incarnation:
-            return []
-        return self._desk.take(actor, count)
+    def exchange(
+        self, actor: str, incarnation: int, first: int, outcomes: Sequence[Outcome], want: int, held: int
+    ) -> Answer | None:
+        """As `HeadDesk.exchange`; a run that is ending gives no assignments."""
+        return self._desk.exchange(actor, incarnation, first, outcomes, 0 if self._finishing else want, held)
 
     def publish(self, version: int, data: bytes, step: int = 0) -> None:
         """As `RunHead.publish`; `step` counts the learner steps made by these weights."""
-        self._steps.append((version, step))
+        if version not in dict(self._steps):  # else told again
+            self._steps.append((version, step))
         super().publish(version, data)
         with self._weights_lock:
             newest, _, reference = self._weights
-            if newest == version:  # else of a learner that was replaced
+            told = {published.version for published in self._published}
+            if newest == version and version not in told:  # else of a learner that was replaced
                 self._published.append(_Published(version, reference))
             if self._first is None and self._config.eval.every and not self._head.first and len(self._steps) == 1:
                 self._first = step, self._weights
 
     def policy(self, have: int) -> tuple[int, Any] | None:
         """As `RunHead.policy`, `actors.hold_back` versions behind the newest."""
+        self._highest_had = max(self._highest_had, have)
         with self._weights_lock:
             if not self._published:
                 return None
@@ -112,7 +118,7 @@ class LlmHeadWorker(RunHead):
             self._spawn_actor(index)
         if config.eval.every:  # the first evaluation is due as soon as there are weights
             self._spawn_evaluator()
-        self._desk = parts.make_desk(config, self._resume)
+        self._desk.open(parts.make_desk(config), self._resume)
         self._addresses = [""] * config.replay.shards
         self._ports = [0] * config.replay.shards
         kept = self._resume if config.checkpoints.replay else None
@@ -162,8 +168,8 @@ class LlmHeadWorker(RunHead):
             cpus=settings.cpus,
             gpus=settings.gpus,
         )
-        self._at_work[name] = incarnation
-        child.writer = parts.writer_name(index, incarnation)
+        self._desk.serve(name, incarnation)
+        child.incarnation, child.writer = incarnation, parts.writer_name(index, incarnation)
 
     def _start_actor(self, index: int) -> None:
         child = self._children[f"actor {index}"]
@@ -216,16 +222,34 @@ class LlmHeadWorker(RunHead):
             return f"a new one serves all its {kept} groups"
         return f"its storage is gone, with {before} groups that waited; a new one begins empty"
 
+    def _more_state(self) -> dict[str, Any]:
+        return {
+            "readers": self._readers,
+            "steps": list(self._steps),
+            "holds": self._holds,
+            "gpus": self._gpus,
+            "has_checkpoint": self._has_checkpoint,
+        }
+
+    def _restore_more(self, kept: Mapping[str, Any]) -> None:
+        self._readers, self._gpus = dict(kept["readers"]), kept["gpus"]
+        self._holds, self._has_checkpoint = kept["holds"], kept["has_checkpoint"]
+        if (learner := self._children["learner"]).worker is not None:
+            learner.worker.release.remote(self._holds)
+        for child in self._children.of("actor"):
+            self._desk.serve(child.name, child.incarnation)
+        self._desk.recover(parts.make_desk(self._config))
+
     # ----------------------------------------------------------------- watching
 
     def _tick(self) -> None:
         while self._said:
             self._recorder.event("start", self._said.popleft())
-        self._desk.learnt(self._head.counts.updates)
-        self._desk.stale(self._head.counts.dropped_stale_groups)
+        self._desk.desk.learnt(self._head.counts.updates)
+        self._desk.desk.stale(self._head.counts.dropped_stale_groups)
         for child in self._children.of("actor"):
             self._examples.add(child.status.pop("examples", ()), step=self._head.step)
-        self._recorder.row(self._head.tick(LlmTick(**self._moment(), desk=self._desk.metrics())))
+        self._recorder.row(self._head.tick(LlmTick(**self._moment(), desk=self._desk.desk.metrics())))
         if (barren := self._head.barren()) is not None:
             self._recorder.event("warning", barren)
 
@@ -249,6 +273,9 @@ class LlmHeadWorker(RunHead):
             self._spawn_evaluator()
         return self._children["evaluator"].worker.evaluate.remote(weights)
 
+    def _evaluation_again(self, kept: Mapping[str, Any]) -> LlmEvaluation:
+        return LlmEvaluation(**kept)
+
     def _evaluation_of(self, answer: Any, step: int, version: int) -> LlmEvaluation:
         return LlmEvaluation(step, version, answer)
 
@@ -269,7 +296,9 @@ class LlmHeadWorker(RunHead):
         finally:
             if "learner" in self._children:
                 self._children["learner"].worker.release.remote(self._holds)
-            self._has_checkpoint = self._has_checkpoint or self._latest() is not None
+            if (latest := self._latest()) is not None:
+                self._has_checkpoint = True
+                self._desk.saved(latest.path)
 
     def _save_learner(self, path: Path) -> int:
         """As `RunHead._save_learner`; the learners then hold still, so that the shards save exactly what was not learnt from."""
@@ -283,4 +312,4 @@ class LlmHeadWorker(RunHead):
         return counters
 
     def _save_more(self, path: Path) -> None:
-        parts.save_desk(self._desk, path)
+        self._desk.save(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from cluster.curriculum.desk_client import DeskClient
 from cluster.llm import parts
-from cluster.ray_threads import Thread, failure_of, process
+from cluster.ray_desk import exchange_with
+from cluster.ray_threads import Thread, failure_of, once, process
 from cluster.warned import Warned
 from configs.llm import LlmConfig
 from replay.security import Security, flight_client
 
 if TYPE_CHECKING:
-    from actors.assignments import Assignment, Outcome
-    from actors.llm.tasks import Task
+    from actors.assignments import Outcome
+    from cluster.curriculum.desk_client import Exchange
     from learners.distributed import Group, Rendezvous
     from replay.queue_server import QueueServer
 
@@ -40,6 +41,8 @@ class QueueShardWorker:
         self._run = run
         self._security = security
         self._server: QueueServer | None = None
+        self._serving = threading.Lock()  # while it begins or ends
+        self._saving = threading.Lock()
         # Imported while the other processes start.
         import replay.queue_server  # noqa: F401
 
@@ -58,17 +61,18 @@ class QueueShardWorker:
             if checkpoint is not None:
                 parts.restore_shard(queue, Path(checkpoint), index=self._index, count=settings.shards)
 
-        server = self._server = QueueServer(
-            parts.queue_spec(self._config),
-            self._security,
-            run=self._run,
-            index=self._index,
-            directory=settings.directory,
-            host=ray.util.get_node_ip_address() if settings.host == "node" else settings.host,
-            port=port,
-            recover=recover,
-            prepare=prepare,
-        )
+        with self._serving:
+            server = self._server = QueueServer(
+                parts.queue_spec(self._config),
+                self._security,
+                run=self._run,
+                index=self._index,
+                directory=settings.directory,
+                host=ray.util.get_node_ip_address() if settings.host == "node" else settings.host,
+                port=port,
+                recover=recover,
+                prepare=prepare,
+            )
         return {
             "address": server.address,
             "port": server.port,
@@ -85,7 +89,13 @@ class QueueShardWorker:
     def save(self, replay: str, _previous: str | None) -> dict[str, int]:
         """Write this shard's part of a checkpoint. Returns the counters it holds."""
         assert self._server is not None
-        return parts.save_shard(self._server.queue, Path(replay), index=self._index)
+        with self._saving:
+            return parts.save_shard(self._server.queue, Path(replay), index=self._index)
+
+    def settle(self) -> None:
+        """Wait until nothing that a dead head asked for is written any more."""
+        with self._saving:
+            pass
 
     def end_writer(self, writer: str) -> None:
         """Drop what a dead writer has left incomplete."""
@@ -99,8 +109,9 @@ class QueueShardWorker:
 
     def close(self) -> None:
         """Stop serving and remove the queue's file."""
-        if self._server is not None:
-            self._server.close()
+        with self._serving:
+            if self._server is not None:
+                self._server.close()
 
 
 @ray.remote
@@ -116,10 +127,7 @@ class SamplerWorker:
         self._stopping = threading.Event()
         self._fresh: tuple[int, bytes] | None = None  # newest version and weights
         self._newest = 0  # version that the rollout was given
-        self._assigned: deque[Assignment[Task]] = deque()
-        self._wanted = 0  # assignments that the rollout would take now
-        self._outcomes: deque[Outcome] = deque()
-        self._unsent: list[Outcome] = []  # outcomes that the head may not have
+        self._desk = DeskClient(ahead=config.actors.prompts_ahead)
         self._unable: Exception | None = None
         try:
             import torch
@@ -129,6 +137,7 @@ class SamplerWorker:
         except Exception as error:  # raised here it would look like a death, after which another actor is tried
             self._unable = error
 
+    @once
     def start(self, addresses: Sequence[str]) -> dict[str, Any]:
         """Connect to the shard and begin to sample. Returns what `process` does."""
         from learners.llm.rows import SCHEMA, TABLE
@@ -154,16 +163,12 @@ class SamplerWorker:
         self._asking = Thread(self._talk, name=f"desk-{self._index}")
         return process()
 
-    def _ask(self, count: int) -> list[Assignment[Task]]:
-        self._wanted = count
-        return [self._assigned.popleft() for _ in range(min(count, len(self._assigned)))]
-
     def _sample(self, made: threading.Event) -> None:
         import torch
 
         torch.set_num_threads(self._config.actors.threads)
         # Here, for the verifiers' processes end with the thread that started them.
-        self._rollout = parts.make_rollout(self._config, self._model, self._writer, ask=self._ask)
+        self._rollout = parts.make_rollout(self._config, self._model, self._writer, ask=self._desk.ask)
         made.set()
         while not self._stopping.is_set():
             fresh = self._fresh
@@ -178,31 +183,16 @@ class SamplerWorker:
             outcomes = self._rollout.take_outcomes()
             if any(outcome.fate == "kept" for outcome in outcomes):
                 self._writer.flush()  # what the head hears of is stored
-            self._outcomes.extend(outcomes)
+            self._desk.add(outcomes)
         self._rollout.close()
 
     def _talk(self) -> None:
         """Hand outcomes in and fetch assignments ahead of need; a head that is away for a while is asked again."""
         while not self._stopping.wait(DESK_S):
-            ahead = self._config.actors.prompts_ahead
-            want = max(0, self._wanted + ahead - len(self._assigned)) if self._fresh is not None else 0
-            self._exchange(want, timeout_s=30.0)
+            self._desk.exchange(self._exchange_within(30.0), fetch=self._fresh is not None)
 
-    def _exchange(self, want: int, *, timeout_s: float) -> None:
-        while self._outcomes:
-            self._unsent.append(self._outcomes.popleft())
-        if not want and not self._unsent:
-            return
-        name = f"actor {self._index}"
-        answer = self._head.exchange.remote(name, self._incarnation, want, self._unsent)
-        try:
-            given = ray.get(answer, timeout=timeout_s)
-        except ray.exceptions.RayTaskError:  # an error of the head's
-            raise
-        except (ray.exceptions.RayError, TimeoutError):
-            return
-        self._unsent = []
-        self._assigned.extend(given)
+    def _exchange_within(self, timeout_s: float) -> Exchange:
+        return exchange_with(self._head, f"actor {self._index}", self._incarnation, timeout_s=timeout_s)
 
     def _fetch(self) -> None:
         """Keep the newest weights at hand; a head that is away for a while is asked again."""
@@ -211,8 +201,12 @@ class SamplerWorker:
             try:
                 answer = ray.get(self._head.policy.remote(have), timeout=30.0)
                 if answer is not None:
-                    have, weights = answer
-                    self._fresh = (have, ray.get(weights, timeout=30.0))
+                    version, weights = answer
+                    self._fresh = (
+                        version,
+                        ray.get(weights, timeout=30.0),
+                    )  # which may be gone, with the head that held them
+                    have = version
             except (ray.exceptions.RayError, TimeoutError):
                 continue
 
@@ -232,9 +226,9 @@ class SamplerWorker:
             if blocked_s > FULL_S:
                 break
         if not has_ended:
-            self._outcomes.extend(_but_last_kept(self._rollout.take_outcomes()))
+            self._desk.add(_but_last_kept(self._rollout.take_outcomes()))
         if self._asking.join(timeout_s):
-            self._exchange(0, timeout_s=timeout_s)
+            self._desk.exchange(self._exchange_within(timeout_s), fetch=False)
 
 
 def _but_last_kept(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -260,6 +254,10 @@ class LlmLearnerWorker:
         self._reader = reader
         self._security = security
         self._stopping = threading.Event()
+        self._saving = threading.Lock()
+        self._newest: tuple[int, bytes, int] | None = (
+            None  # version, weights and learner steps that were published last
+        )
         self._holding = threading.Lock()  # over which hold it is
         self._hold = 0
         self._is_closed = False
@@ -278,9 +276,11 @@ class LlmLearnerWorker:
         from learners.distributed import Rendezvous
 
         local = self._config.replay.host in ("127.0.0.1", "localhost")
-        self._rendezvous = Rendezvous("127.0.0.1" if local else ray.util.get_node_ip_address())
+        if self._rendezvous is None:
+            self._rendezvous = Rendezvous("127.0.0.1" if local else ray.util.get_node_ip_address())
         return self._rendezvous.address
 
+    @once
     def start(
         self, addresses: list[str], checkpoint: str | None, version: int, rendezvous: str | None
     ) -> dict[str, Any]:
@@ -332,7 +332,12 @@ class LlmLearnerWorker:
         first, before = self._first
         # The weights may be older than the learner by now.
         step = min(self._learner.updates, before + (version - first) * self._config.learners.publish_every)
+        self._newest = version, data, step
         ray.get(self._head.publish.remote(version, data, step))
+
+    def newest(self) -> tuple[int, bytes, int] | None:
+        """What was published last, for a head that takes the place of a dead one."""
+        return self._newest
 
     def _update(self) -> None:
         from learners.loop import set_threads
@@ -365,7 +370,8 @@ class LlmLearnerWorker:
         try:
             state = self._loop.hold()
             version = int(self._loop.stats()["version"])
-            return parts.save_learner(Path(path), self._learner, version=version, state=state)
+            with self._saving:
+                return parts.save_learner(Path(path), self._learner, version=version, state=state)
         except BaseException:
             self._loop.release()
             raise
@@ -380,6 +386,11 @@ class LlmLearnerWorker:
             is_held, self._hold = self._hold == hold, max(self._hold, hold)
             if is_held and not self._loop.release():
                 raise TimeoutError("the shards took so long to save that the learner went on meanwhile")
+
+    def settle(self) -> None:
+        """Wait until nothing that a dead head asked for is written any more."""
+        with self._saving:
+            pass
 
     def stop(self, timeout_s: float) -> None:
         """Stop updating, publish the last weights, and give back the groups not used.

@@ -6,9 +6,34 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from functools import wraps
+from typing import Any, TypeVar
 
 import ray
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def once(method: Method) -> Method:
+    """A method that runs when it is first called; every other call waits for that one, and returns or raises the same.
+
+    A head that takes the place of a dead one cannot know which of its last calls have come.
+    """
+
+    @wraps(method)
+    def answer(self: Any, *arguments: Any) -> Any:
+        mine: Future[Any] = Future()
+        # Of several at the same moment `setdefault` lets one through; a lock would not survive how Ray ships classes.
+        first = self.__dict__.setdefault(f"_answer_of_{method.__name__}", mine)
+        if first is mine:
+            try:
+                mine.set_result(method(self, *arguments))
+            except BaseException as error:
+                mine.set_exception(error)
+        return first.result()
+
+    return answer  # type: ignore[return-value]
 
 
 def failure_of(error: BaseException) -> dict[str, str]:

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from cluster import parts
-from cluster.ray_threads import Thread, failure_of, process
+from cluster.curriculum.desk_client import DeskClient, Exchange
+from cluster.evaluating import Evaluating
+from cluster.ray_desk import exchange_with
+from cluster.ray_threads import Thread, failure_of, once, process
 from cluster.warned import Warned
 from configs.schema import RunConfig
 from replay.schema import StepSchema
@@ -25,9 +28,15 @@ from replay.security import Security, flight_client
 from replay.writers import FlightWriter
 
 if TYPE_CHECKING:
+    from actors.task_env import TaskEnv
     from learners.distributed import Group, Rendezvous
     from replay.server import ShardServer  # they compile kernels, which head and actors have no use for
     from replay.shard import Shard
+
+
+DESK_S = 0.05  # how often an actor talks to the head
+START_S = 30.0  # how long it waits for its first assignments
+AHEAD = 2  # assignments at hand for each environment
 
 
 @ray.remote
@@ -42,6 +51,8 @@ class ShardWorker:
         self._spec = parts.shard_spec(config, rows, index, run=run, incarnation=incarnation)
         self._security = security
         self._server: ShardServer | None = None
+        self._serving = threading.Lock()  # while it begins or ends
+        self._saving = threading.Lock()
         # Imported, its compiled loops with it, while the other processes start.
         import replay.server  # noqa: F401
 
@@ -62,7 +73,8 @@ class ShardWorker:
         host = ray.util.get_node_ip_address() if self._spec.host == "node" else self._spec.host
         self._spec = replace(self._spec, limiter_address=limiter_address, host=host, port=port)
         prepare = partial(self._prepare, checkpoint=checkpoint, others=others)
-        self._server = self._serve(prepare, recover)
+        with self._serving:
+            self._server = self._serve(prepare, recover)
         return {
             "address": self._server.address,
             "port": self._server.port,
@@ -92,7 +104,13 @@ class ShardWorker:
     def save(self, replay: str, previous: str | None) -> dict[str, int]:
         """As `cluster.parts.save_shard`."""
         assert self._server is not None
-        return parts.save_shard(self._server.shard, Path(replay), None if previous is None else Path(previous))
+        with self._saving:
+            return parts.save_shard(self._server.shard, Path(replay), None if previous is None else Path(previous))
+
+    def settle(self) -> None:
+        """Wait until nothing that a dead head asked for is written any more."""
+        with self._saving:
+            pass
 
     def restore_limiter(self, counters: dict[str, int]) -> None:
         """Set the counters of the limiter; on shard 0."""
@@ -111,8 +129,9 @@ class ShardWorker:
 
     def close(self) -> None:
         """Stop serving and remove the storage file."""
-        if self._server is not None:
-            self._server.close()
+        with self._serving:
+            if self._server is not None:
+                self._server.close()
 
 
 @ray.remote
@@ -138,10 +157,14 @@ class ActorWorker:
         self._incarnation = incarnation
         self._stopping = threading.Event()
         self._fresh: tuple[int, bytes] | None = None  # newest version and weights
+        self._tasks = parts.make_tasks(config)
+        self._desk = DeskClient(ahead=AHEAD * config.actors.envs)
+        self._asking: Thread | None = None
         # Imported while the shards start.
         import actors.envs
         import actors.rollout  # noqa: F401
 
+    @once
     def start(self, addresses: list[str]) -> dict[str, Any]:
         """Connect to the shards at these addresses and begin to step. Returns what `process` does."""
         chosen = [addresses[i] for i in parts.shards_of_actor(self._config, self._index)]
@@ -157,14 +180,22 @@ class ActorWorker:
             )
             for address in chosen
         ]
-        self._rollout = parts.make_rollout(
-            self._config,
-            self._schema,
-            self._index,
-            self._writers,
-            random_steps=self._random_steps,
-            incarnation=self._incarnation,
-        )
+        common = {"random_steps": self._random_steps, "incarnation": self._incarnation}
+        self._task_env: TaskEnv | None = None
+        if self._tasks is None:
+            self._rollout = parts.make_rollout(self._config, self._schema, self._index, self._writers, **common)
+        else:
+            self._desk.exchange(self._exchange_within(START_S))  # first assignments, before the first episodes
+            self._rollout, self._task_env = parts.make_task_rollout(
+                self._config,
+                self._schema,
+                self._index,
+                self._writers,
+                tasks=self._tasks,
+                ask=self._desk.ask,
+                **common,
+            )
+            self._asking = Thread(self._talk, name=f"desk-{self._index}")
         self._first_step_at: float | None = None
         self._fetching = Thread(self._fetch, name=f"policy-{self._index}")
         self._stepping = Thread(self._step, name=f"rollout-{self._index}")
@@ -178,7 +209,17 @@ class ActorWorker:
             steps = self._rollout.step()
             if steps and self._first_step_at is None:
                 self._first_step_at = time.time()
+            if self._task_env is not None and (outcomes := self._task_env.take_outcomes()):
+                self._desk.add(outcomes)
         self._rollout.close()
+
+    def _talk(self) -> None:
+        """Hand outcomes in and fetch assignments ahead of need; a head that is away for a while is asked again."""
+        while not self._stopping.wait(DESK_S):
+            self._desk.exchange(self._exchange_within(30.0))
+
+    def _exchange_within(self, timeout_s: float) -> Exchange:
+        return exchange_with(self._head, f"actor {self._index}", self._incarnation, timeout_s=timeout_s)
 
     def _fetch(self) -> None:
         """Keep the newest weights at hand; a head that is away for a while is asked again."""
@@ -187,20 +228,27 @@ class ActorWorker:
             try:
                 answer = ray.get(self._head.policy.remote(have), timeout=30.0)
                 if answer is not None:
-                    have, weights = answer
-                    self._fresh = (have, ray.get(weights, timeout=30.0))
+                    version, weights = answer
+                    self._fresh = (
+                        version,
+                        ray.get(weights, timeout=30.0),
+                    )  # which may be gone, with the head that held them
+                    have = version
             except (ray.exceptions.RayError, TimeoutError):
                 continue
 
     def status(self, after: int) -> dict[str, Any]:
         """As `cluster.parts.actor_status`, with the error that ended the stepping, if one did."""
         status = parts.actor_status(self._rollout, self._writers, after=after)
-        return {**status, "first_step_at": self._first_step_at, **self._stepping.failure()}
+        asking = {} if self._asking is None else self._asking.failure()
+        return {**status, "first_step_at": self._first_step_at, **asking, **self._stepping.failure()}
 
     def stop(self, timeout_s: float) -> None:
-        """Stop stepping, write what is complete and end the lanes."""
+        """Stop stepping, write what is complete, end the lanes, and tell the head of the last outcomes."""
         self._stopping.set()
         self._stepping.join(timeout_s)
+        if self._asking is not None and self._asking.join(timeout_s):
+            self._desk.exchange(self._exchange_within(timeout_s), fetch=False)
 
 
 @ray.remote
@@ -224,6 +272,8 @@ class LearnerWorker:
         self._incarnation = incarnation
         self._security = security
         self._stopping = threading.Event()
+        self._saving = threading.Lock()
+        self._newest: tuple[int, bytes] | None = None  # version and weights that were published last
         self._group: Group | None = None
         self._rendezvous: Rendezvous | None = None
         self._warned = Warned()
@@ -243,9 +293,11 @@ class LearnerWorker:
         from learners.distributed import Rendezvous
 
         local = self._config.replay.host in ("127.0.0.1", "localhost")
-        self._rendezvous = Rendezvous("127.0.0.1" if local else ray.util.get_node_ip_address())
+        if self._rendezvous is None:
+            self._rendezvous = Rendezvous("127.0.0.1" if local else ray.util.get_node_ip_address())
         return self._rendezvous.address
 
+    @once
     def start(
         self, addresses: list[str], checkpoint: str | None, version: int, rendezvous: str | None
     ) -> dict[str, Any]:
@@ -305,7 +357,12 @@ class LearnerWorker:
         )
 
     def _publish(self, version: int, data: bytes) -> None:
+        self._newest = version, data
         ray.get(self._head.publish.remote(version, data))
+
+    def newest(self) -> tuple[int, bytes] | None:
+        """What was published last, for a head that takes the place of a dead one."""
+        return self._newest
 
     def observe_returns(self, low: float, high: float) -> None:
         """As `LearnerLoop.tell_returns`."""
@@ -332,8 +389,13 @@ class LearnerWorker:
 
     def save(self, path: str) -> int:
         """Write the learner's state, taken between two updates. Returns the updates made."""
-        with self._loop.between_updates():
+        with self._saving, self._loop.between_updates():
             return parts.save_learner(Path(path), self._algorithm, version=int(self._loop.stats()["version"]))
+
+    def settle(self) -> None:
+        """Wait until nothing that a dead head asked for is written any more."""
+        with self._saving:
+            pass
 
     def stop(self, timeout_s: float) -> None:
         """Stop updating, publish the last weights, and let go of the samples not used; a second call does nothing.
@@ -358,15 +420,10 @@ class EvaluatorWorker:
     def __init__(self, config: RunConfig, schema: str) -> None:
         self._config = config
         self._policy = parts.make_policy(config, StepSchema.from_json(schema))
-        self._evaluator: Any = None
+        self._evaluating: Evaluating | None = None
 
-    def evaluate(self, weights: bytes) -> tuple[list[float], float]:
-        """Returns of the evaluation episodes, and the seconds they took."""
-        from actors.evaluate import Evaluator
-
-        began = time.monotonic()
-        if self._evaluator is None:
-            settings = self._config.eval
-            self._evaluator = Evaluator(self._config.env, episodes=settings.episodes, seed=settings.seed)
-        self._policy.load(weights)
-        return self._evaluator.run(self._policy), time.monotonic() - began
+    def evaluate(self, weights: bytes) -> dict[str, Any]:
+        """As `Evaluating.run`."""
+        if self._evaluating is None:
+            self._evaluating = Evaluating(self._config, parts.make_tasks(self._config), self._policy)
+        return self._evaluating.run(weights)

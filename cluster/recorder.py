@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,22 @@ class Recorder:
         self._disk_full_told = False
         self._written: tuple[int, float | None, bytes] | None = None  # step, evaluation, policy of the last checkpoint
         if resume is not None:
-            self._written = (resume.env_steps, resume.eval_mean_return, (resume.path / POLICY).read_bytes())
+            self._replaces(resume)
+
+    def _replaces(self, checkpoint: Checkpoint) -> None:
+        policy = (checkpoint.path / POLICY).read_bytes()
+        self._written = (checkpoint.env_steps, checkpoint.eval_mean_return, policy)
+
+    def waiting(self) -> dict[str, Any]:
+        """What would be lost with this process, as JSON, for `go_on`."""
+        return self._metrics.waiting()
+
+    def go_on(self, waiting: Mapping[str, Any]) -> None:
+        """Go on where a recorder that was killed has left off, in the middle of a checkpoint perhaps; nobody may write into it still."""
+        self._metrics.restore(waiting)
+        self._checkpoints.clean()
+        for newest in self._checkpoints.all()[-1:]:
+            self._replaces(newest)
 
     def row(self, row: dict[str, float]) -> None:
         """Keep and show one metrics row."""

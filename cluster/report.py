@@ -28,6 +28,7 @@ from cluster.page import (
     write_page,
 )
 from cluster.runs import RunFolder
+from cluster.task_report import curriculum_maps, success_section, task_facts, task_tables, waste_charts, wastes
 from configs.algorithms import CLASSIFICATION
 from configs.llm import LlmConfig
 from configs.schema import RunConfig
@@ -90,6 +91,7 @@ def write_report(run_folder: Path) -> Path:
     remark = "The rate limiter holds back whoever runs ahead of the set samples per insert; several callers may wait at once."
     sections = (
         _summary(run.config, facts, curves),
+        *(_task_sections(run.config, curves) if run.config.has_tasks else ()),
         "<h2>Return</h2>",
         charts_html(_return_charts(run.config, curves), "No episode had ended when the metrics were last written."),
         "<h2>Throughput</h2>",
@@ -108,22 +110,38 @@ def write_report(run_folder: Path) -> Path:
     return write_page(run_folder, run.config.name or run_folder.name, sections)
 
 
+def _task_sections(config: RunConfig, curves: Curves) -> Iterator[str]:
+    yield "<h2>Success</h2>"
+    yield success_section(config, curves)
+    maps = "".join(curriculum_maps(curves, kind, "env_steps", "environment steps") for kind in ("task", "family"))
+    yield "<h2>Tasks</h2>"
+    yield maps or '<p class="faint">No task had been drawn when the metrics were last written.</p>'
+    yield task_tables(curves)
+    if wastes(config, curves):
+        yield charts_html(waste_charts(curves, "environment steps"), "")
+
+
 def _summary(config: RunConfig, facts: dict[str, Any], curves: Curves) -> str:
-    _, returns, spreads = curves.evaluations("env_steps")
-    steps_at = curves.evaluations("env_steps")[0]
+    steps_at, returns, spreads = curves.evaluations("env_steps")
+    success = (
+        curves.get("eval/mean_success")[np.isfinite(curves.get("eval/mean_return"))] if config.has_tasks else returns
+    )
 
     def evaluation(index: int | None) -> str:
         if index is None:
             return "none"
-        return f"<b>{number(returns[index], 1)}</b> ± {number(spreads[index], 1)} at {number(steps_at[index])} steps"
+        mean = f"{number(returns[index], 1)}</b> ± {number(spreads[index], 1)}"
+        if config.has_tasks:
+            return f"<b>success {number(success[index], 2)}</b>, return {mean.replace('</b>', '')} at {number(steps_at[index])} steps"
+        return f"<b>{mean} at {number(steps_at[index])} steps"
 
     broken = curves.last("broken_episodes") or 0.0
     episodes = number(curves.last("episodes")) + (f" ({number(broken)} broken)" if broken else "")
     pairs = (
-        ("Environment", f"<b>{escape(config.env.id)}</b>"),
+        *(task_facts(config, curves) if config.has_tasks else [("Environment", f"<b>{escape(config.env.id)}</b>")]),
         ("Algorithm", f"<b>{escape(config.algorithm.name)}</b>"),
         ("Seed", f"<b>{config.seed}</b>"),
-        ("Best evaluation", evaluation(int(np.argmax(returns)) if len(returns) else None)),
+        ("Best evaluation", evaluation(int(np.argmax(success)) if len(returns) else None)),
         ("Last evaluation", evaluation(len(returns) - 1 if len(returns) else None)),
         ("Stop condition", _stop(config, facts, curves)),
         ("Environment steps", f"<b>{number(curves.last('env_steps'))}</b>"),
@@ -151,6 +169,9 @@ def _stop(config: RunConfig, facts: dict[str, Any], curves: Curves) -> str:
     if stop.mean_return is not None:
         reached = len(returns) > 0 and float(returns.max()) >= stop.mean_return
         (met if reached else missed).append(f"mean return ≥ {number(stop.mean_return, 1)}")
+    if stop.success is not None:
+        success = curves.get("eval/mean_success")
+        (met if (success >= stop.success).any() else missed).append(f"success ≥ {number(stop.success, 2)}")
     return verdict(met, missed, facts)
 
 

@@ -80,10 +80,14 @@ def _model_of(config: LlmConfig) -> dict[str, Any]:
     return {path: _value(config, path) for path in (*(f"model.{name}" for name in names), *prompts)}
 
 
+# What decides which tasks there are, and what networks see of them.
+_TASKS = ("ids", "product", "list", "source", "kwargs", "encoding", "pad")
+
+
 def _networks_of(config: RunConfig, frames: bool) -> dict[str, Any]:
     algorithm = config.algorithm
     target = algorithm.target
-    paths = ["algorithm.name", "env.stack", "algorithm.head.kind"]
+    paths = ["algorithm.name", "env.stack", "algorithm.head.kind", *(f"tasks.{name}" for name in _TASKS)]
     paths += [f"algorithm.head.{name}" for name in _head_settings(algorithm)]
     paths += [f"algorithm.{path}" for path in _NETWORKS if hasattr(algorithm, path.partition(".")[0])]
     found = {path: _value(config, path) for path in paths}

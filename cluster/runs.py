@@ -170,7 +170,7 @@ def _default_names(config: AnyConfig) -> list[str]:
     trained, how = (
         (Path(config.tasks.source).name, config.algorithm.loss)
         if isinstance(config, LlmConfig)
-        else (config.env.id, config.algorithm.name)
+        else (config.env_name, config.algorithm.name)
     )
     words = (re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:60] or "run" for text in (trained, how))
     base = f"{'-'.join(words)}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -10,13 +10,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.envs import check_env
-from actors.evaluate import Evaluator
+from actors.task_env import TaskEnv
 from cluster import parts
 from cluster.checkpoint import Checkpoint
+from cluster.curriculum.desk_files import load_desk, save_desk
+from cluster.evaluating import Evaluating
 from cluster.files import read_json
 from cluster.head import Evaluation, Head, Tick
 from cluster.prior import with_prior
@@ -31,6 +34,15 @@ from replay.shard import Shard
 from replay.writers import CallWriter
 
 ROW_STEPS = 200  # environment steps between two metrics rows: by steps, so that two runs report at the same moments
+
+
+@dataclass
+class _TaskEnv:
+    """The environments of an actor, and how many of their outcomes the desk has."""
+
+    env: TaskEnv
+    name: str
+    reported: int = 0
 
 
 class SyncRun:
@@ -58,7 +70,9 @@ class SyncRun:
         head = self._head = Head(config, wall_started=wall_started, state=state)
         incarnation = head.counts.incarnation
         set_threads(config.learners.cpus, config.learners.threads)
-        schema = check_env(config.env, num_envs=config.actors.envs, batch_size=config.actors.batch_size)
+        tasks = self._tasks = parts.make_tasks(config)
+        schema = parts.env_schema(config, tasks)
+        self._desk = None if tasks is None else parts.make_desk(config, tasks)
         rows = parts.row_schema(config, schema)
         specs = [
             parts.shard_spec(config, rows, index, run=folder.path.name, incarnation=incarnation)
@@ -70,13 +84,15 @@ class SyncRun:
             limiters = specs[0].limiters()  # one for all shards
             self._shards.extend(Shard.from_spec(spec, limiters) for spec in specs)
             self._assemble(schema, rows, resume)
+            if self._desk is not None:
+                load_desk(self._desk, None if resume is None else resume.path)
             self._recorder = Recorder(folder, head, show=show, resume=resume)
         except BaseException:
             self._warned.close()
             self._close_shards()
             raise
         self._policy = parts.make_policy(config, schema)
-        self._evaluator: Evaluator | None = None
+        self._evaluating: Evaluating | None = None
         self._paused_s = 0.0
         self._first_step: float | None = None
 
@@ -108,11 +124,19 @@ class SyncRun:
         )
         self._version, self._weights = 0, b""
         self._actors = []
+        self._task_envs: list[_TaskEnv] = []
         for index in range(config.actors.count):
             writers = [CallWriter(self._shards[i]) for i in parts.shards_of_actor(config, index)]
-            rollout = parts.make_rollout(
-                config, schema, index, writers, random_steps=head.random_steps_left, incarnation=incarnation
-            )
+            common = {"random_steps": head.random_steps_left, "incarnation": incarnation}
+            if self._tasks is None or self._desk is None:
+                rollout = parts.make_rollout(config, schema, index, writers, **common)
+            else:
+                name = f"actor {index} of {incarnation}"  # each process counts its outcomes from 0
+                ask = partial(self._desk.take, name)
+                rollout, env = parts.make_task_rollout(
+                    config, schema, index, writers, tasks=self._tasks, ask=ask, **common
+                )
+                self._task_envs.append(_TaskEnv(env, name))
             self._actors.append((rollout, writers))
         self._next_episode = [0] * config.actors.count
 
@@ -159,8 +183,8 @@ class SyncRun:
         finally:
             self._warned.close()
             self._recorder.close()
-            if self._evaluator is not None:
-                self._evaluator.close()
+            if self._evaluating is not None:
+                self._evaluating.close()
             self._close_shards()
 
     def _train(self, stopping: threading.Event) -> str:
@@ -174,6 +198,7 @@ class SyncRun:
                     rollout.set_policy(self._version, self._weights)
                 if rollout.step() and self._first_step is None:
                     self._first_step = time.monotonic()
+            self._report()
             self._update()
             steps = before + sum(table.inserted for table in tables)
             if steps >= min(next_row, self._head.next_due) or stopping.is_set():
@@ -188,6 +213,11 @@ class SyncRun:
                 if self._head.checkpoint_due(time.monotonic()):
                     self._checkpoint()
 
+    def _report(self) -> None:
+        for one in self._task_envs:
+            assert self._desk is not None
+            one.reported = self._desk.report(one.name, one.reported, one.env.take_outcomes())
+
     def _update(self) -> None:
         while True:
             try:
@@ -201,12 +231,17 @@ class SyncRun:
             for index, (rollout, writers) in enumerate(self._actors)
         }
         self._next_episode = [int(status["next_episode"]) for status in actors.values()]
+        learner = parts.learner_status(self._loop)
+        losses = learner.pop("task_losses")
+        if self._desk is not None and losses is not None:
+            self._desk.score(*losses)
         tick = Tick(
             time=time.monotonic(),
             actors=actors,
             shards={f"shard {shard.index}": parts.shard_status(shard.stats()) for shard in self._shards},
-            learner=self._loop.stats(),
-            learner_metrics=self._loop.metrics(),
+            learner=learner,
+            learner_metrics=learner["metrics"],
+            desk={} if self._desk is None else self._desk.metrics(),
             returns=[r for status in actors.values() for r in status["returns"]],
             lengths=[n for status in actors.values() for n in status["lengths"]],
             paused_s=self._paused_s,
@@ -225,17 +260,15 @@ class SyncRun:
             self._recorder.event("warning", f"learner: {line}")
 
     def _evaluate(self) -> None:
-        config = self._config
-        if self._evaluator is None:
-            self._evaluator = Evaluator(config.env, episodes=config.eval.episodes, seed=config.eval.seed)
-        self._policy.load(self._weights)
-        began = time.monotonic()
-        returns = tuple(self._evaluator.run(self._policy))
-        evaluation = Evaluation(self._head.counts.env_steps, self._version, returns, time.monotonic() - began)
+        if self._evaluating is None:
+            self._evaluating = Evaluating(self._config, self._tasks, self._policy)
+        found = self._evaluating.run(self._weights)
+        evaluation = Evaluation.of(found, step=self._head.counts.env_steps, version=self._version)
         self._paused_s += evaluation.seconds
         if self._head.evaluated(evaluation):
-            self._checkpoint(evaluation.mean)
-        self._recorder.event("evaluation", evaluation.text)
+            self._checkpoint(evaluation.score)
+        assert self._head.last_evaluation is not None
+        self._recorder.event("evaluation", self._head.last_evaluation.text)
 
     def _checkpoint(self, evaluation: float | None = None) -> None:
         self._recorder.checkpoint(
@@ -243,4 +276,5 @@ class SyncRun:
             save_shards=lambda path, before: [parts.save_shard(shard, path, before) for shard in self._shards],
             policy=self._weights,
             evaluation=evaluation,
+            save_more=None if self._desk is None else partial(save_desk, self._desk),
         )

@@ -76,10 +76,30 @@ def conflicts(config: RunConfig) -> Iterator[str]:
             "learners.device to cuda"
         )
 
+    yield from config.tasks.conflicts()
+    if config.has_tasks:
+        yield from config.curriculum.conflicts(group_size=config.curriculum.group_size)
+        if actors.batch_size is not None and actors.batch_size < actors.envs:
+            yield (
+                f"actors.batch_size ({actors.batch_size}) below actors.envs ({actors.envs}) steps in completion order, and lanes "
+                "that play tasks step together; leave it unset"
+            )
+        if config.prior.source is not None:
+            yield "prior.source holds steps that do not say which task they are of, and there are tasks; drop one of the two"
+    elif changed := [f"curriculum.{name}" for name in config.curriculum.changed]:
+        yield (
+            f"{', '.join(changed)} is set and there are no tasks to draw; set one of tasks.ids, tasks.product, tasks.list and "
+            "tasks.source"
+        )
+
+    if stop.success is not None and not config.has_tasks:
+        yield "stop.success is a share of passed episodes, and only tasks say when one has; set tasks.ids or stop.mean_return"
+    if stop.success is not None and config.eval.every == 0:
+        yield "stop.success is measured by evaluations, and eval.every is 0; set eval.every"
     if stop.mean_return is not None and config.eval.every == 0:
         yield "stop.mean_return is measured by evaluations, and eval.every is 0; set eval.every"
-    if stop.steps is None and stop.wall_s is None and stop.mean_return is None:
-        yield "one of stop.steps, stop.wall_s and stop.mean_return must be set"
+    if stop.steps is None and stop.wall_s is None and stop.mean_return is None and stop.success is None:
+        yield "one of stop.steps, stop.wall_s, stop.mean_return and stop.success must be set"
 
 
 def service_conflicts(replay: ServiceSettings) -> Iterator[str]:

@@ -49,8 +49,9 @@ class CurriculumSettings(Settings):
     low: float = setting(0.2, "Lowest pass rate of a group that is kept.", unit="pass rate", ge=0.0, le=1.0)
     high: float = setting(0.8, "Highest pass rate of a group that is kept.", unit="pass rate", ge=0.0, le=1.0)
     sharpness: float = setting(
-        2.0,
-        "Exponent of that probability: tasks less likely to give such a group are drawn less the higher it is; 0 is uniform.",
+        3.0,
+        "Exponent of that probability, and of the movement that learning_progress draws by: the higher, the fewer tasks the "
+        "draws go to; 0 is uniform.",
         unit="exponent",
         ge=0.0,
         le=100.0,
@@ -79,10 +80,10 @@ class CurriculumSettings(Settings):
     )
     rehearsal: float = setting(
         0.25,
-        "rehearsal: share of the draws that go to tasks once solved and now failing, where there are any.",
+        "rehearsal: share of the draws that are not uniform for tasks once solved and now failing, where there are any.",
         unit="share",
         ge=0.0,
-        le=1.0,
+        lt=1.0,
     )
 
     def conflicts(self, *, group_size: int) -> Iterator[str]:
@@ -95,6 +96,10 @@ class CurriculumSettings(Settings):
                 f"curriculum.filter band keeps no group: with groups of {group_size} no pass rate lies within "
                 f"{self.low:g} and {self.high:g}; widen the band"
             )
+        if self.kwargs and self.draw in CURRICULA:
+            yield f"curriculum.kwargs are for a curriculum of your own; {self.draw} takes none"
+        if self.draw == "learning_progress" and self.discount == 1.0:
+            yield "curriculum.draw learning_progress needs a curriculum.discount below 1: without one nothing is recent"
 
 
 class EpisodeCurriculumSettings(CurriculumSettings):

@@ -58,8 +58,7 @@ class Setting:
         elif "allowed" in self._extra:
             text = str(self._extra["allowed"])
         elif self.kind is tuple:
-            count = f"{_bound('min_length', metadata)} to {_bound('max_length', metadata)}"
-            text = f"a list of {count} values, each {self.element}"
+            text = _describe(self.type, metadata)
         elif self.kind is dict:
             text = f"names with values, each {self.element}"
         else:
@@ -74,12 +73,21 @@ class Setting:
     @property
     def element(self) -> str:
         """What one value of a list or of named arguments may hold, in words."""
-        inner = get_args(self.type)[0 if self.kind is tuple else 1]
-        if get_origin(inner) is Annotated:
-            kind, *metadata = get_args(inner)
-            return _describe(kind, metadata)
-        kinds = dict.fromkeys("a number" if k in (int, float) else _describe(k, ()) for k in members(inner))
-        return " or ".join(kinds)
+        return _describe(self._inner)
+
+    @property
+    def holds_text(self) -> bool:
+        """Whether the values of a list are text."""
+        return _bare(self._inner) is str
+
+    @property
+    def holds_lists(self) -> bool:
+        """Whether each named argument has several values."""
+        return get_origin(_bare(self._inner)) is tuple
+
+    @property
+    def _inner(self) -> Any:
+        return get_args(self.type)[0 if self.kind is tuple else 1]
 
     @property
     def _extra(self) -> Mapping[str, Any]:
@@ -107,6 +115,12 @@ def group(info: FieldInfo, value: object = None) -> type[BaseModel] | None:
     named = str(value.get(tag)) if isinstance(value, Mapping) else None
     default = type(info.get_default(call_default_factory=True))
     return next((m for m in models if named in Setting(tag, m.model_fields[tag]).choices), default)
+
+
+def row_model(setting: Setting) -> type[BaseModel] | None:
+    """The model behind each element of a setting that is a list of mappings, or None."""
+    inner = get_args(setting.type)[0] if setting.kind is tuple else None
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
 def tags(info: FieldInfo) -> tuple[str, ...]:
@@ -162,7 +176,8 @@ def settings_help(config: BaseModel) -> str:
     text = textwrap.fill(
         "Settings, as flags and as keys of the YAML file: --actors.count 4 is count: 4 under actors:. A switch reads "
         "--learners.compile or --no-learners.compile. A list takes several words. --env.kwargs.NAME VALUE sets one "
-        "argument, --env.kwargs NAME=VALUE … all of them, --env.kwargs none removes them.",
+        "argument, --env.kwargs NAME=VALUE … all of them, --env.kwargs none removes them. --tasks.product NAME=VALUE,VALUE … "
+        "gives several values to each.",
         WIDTH,
     )
     room: object = None
@@ -185,13 +200,33 @@ def show(value: object) -> str:
     """A setting's value as it reads on the command line."""
     if isinstance(value, tuple):
         return " ".join(map(show, value))
+    if isinstance(value, BaseModel):
+        return "{" + show(value.model_dump(exclude_defaults=True)) + "}"
     if isinstance(value, Mapping):
-        return " ".join(f"{k}={show(v)}" for k, v in value.items()) or "none"
+        texts = {k: ",".join(map(show, v)) if isinstance(v, tuple) else show(v) for k, v in value.items()}
+        return " ".join(f"{k}={text}" for k, text in texts.items()) or "none"
     return str(value)
 
 
-def _describe(kind: Any, metadata: Iterable[Any]) -> str:
-    """A scalar type and its bounds in words."""
+def _bare(kind: Any) -> Any:
+    """A type without its bounds."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _describe(kind: Any, metadata: Iterable[Any] = ()) -> str:
+    """A type and its bounds in words."""
+    if get_origin(kind) is Annotated:
+        kind, *metadata = get_args(kind)
+    if len(members(kind)) > 1:
+        words = ("a number" if k in (int, float) else _describe(k) for k in members(kind))
+        return " or ".join(dict.fromkeys(words))
+    if get_origin(kind) is tuple:
+        low, high = _bound("min_length", metadata), _bound("max_length", metadata)
+        if high is None:
+            return "a list of these"
+        return f"a list of {low or 0} to {high} values, each {_describe(get_args(kind)[0])}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return f"a mapping with keys among {', '.join(kind.model_fields)}"
     if kind is bool:
         return "true or false"
     if kind is str:

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from configs.fields import Setting, group, nearest, nearest_path, settings_help, tags, walk
+from configs.fields import Setting, group, nearest, nearest_path, row_model, settings_help, tags, walk
 from configs.llm import LlmConfig
 from configs.schema import RunConfig
 from configs.sources import ConfigError, Dumper, Sources, Words, got, scalar
@@ -102,6 +102,7 @@ class _Check(Generic[Model]):
         self.model = model
         self.sources = sources
         self.settings = {s.path: s for s in walk(model, sources.values)}
+        self.in_rows: dict[str, Setting] = {}  # those of each mapping in a list of them, by path
 
     def config(self) -> Model | None:
         """The config, or None where pydantic refuses; the problems are in the sources."""
@@ -122,7 +123,9 @@ class _Check(Generic[Model]):
                 if info is None:
                     self._unknown(path, value, model)
                 elif (inner := group(info, value)) is None:
-                    clean[name] = _convert(self.settings[path], value)
+                    setting = self.settings.get(path) or self.in_rows[path]
+                    row = row_model(setting)
+                    clean[name] = _convert(setting, value) if row is None else self._rows(row, value, path)
                 elif isinstance(value, dict):
                     clean[name] = self._group(inner, self._tagged(info, inner, value, path), path + ".")
                 else:
@@ -130,6 +133,22 @@ class _Check(Generic[Model]):
                     raise _WrongError(f"expected a group of settings ({names}), got {got(value)}")
             except _WrongError as error:
                 self.sources.problem(path, str(error))
+        return clean
+
+    def _rows(self, row: type[BaseModel], value: object, path: str) -> object:
+        """The values of a list of mappings, each judged like a group of settings."""
+        if isinstance(value, Words) and value:
+            raise _WrongError(f"is a list of mappings, which flags cannot give; write it in a file, got {got(value)}")
+        if not isinstance(value, list):
+            return value
+        clean: list[object] = []
+        for number, item in enumerate(value):
+            prefix = f"{path}.{number}."
+            self.in_rows |= {setting.path: setting for setting in walk(row, prefix=prefix)}
+            if not isinstance(item, dict):
+                keys = ", ".join(row.model_fields)
+                self.sources.problem(f"{path}.{number}", f"expected a mapping with keys among {keys}, got {got(item)}")
+            clean.append(self._group(row, item, prefix) if isinstance(item, dict) else {})
         return clean
 
     def _tagged(self, info: FieldInfo, inner: type[BaseModel], value: dict[str, Any], path: str) -> dict[str, Any]:
@@ -156,7 +175,8 @@ class _Check(Generic[Model]):
             if isinstance(value, dict) and not below:
                 close = nearest(path, {s.rpartition(".")[0] for s in self.settings} - {""})
             else:
-                close = nearest_path(wrong, self.settings)
+                within = [p for p in self.in_rows if p.startswith(where + ".")]
+                close = nearest_path(wrong, within or self.settings)
             hint = f"did you mean {close}? " if close else ""
             self.sources.problem(wrong, f"no such setting; {hint}{where} has {', '.join(model.model_fields)}")
 
@@ -181,10 +201,12 @@ class _Check(Generic[Model]):
         path, setting = "", None
         for part in item["loc"]:
             step = f"{path}.{part}" if path else str(part)
-            if setting is not None:
+            if step in self.in_rows or any(p.startswith(step + ".") for p in self.in_rows):
+                path, setting = step, self.in_rows.get(step, setting)
+            elif setting is not None:
                 path = step if setting.kind in (tuple, dict) else path
                 break
-            if step in self.settings or any(p.startswith(step + ".") for p in self.settings):
+            elif step in self.settings or any(p.startswith(step + ".") for p in self.settings):
                 path, setting = step, self.settings.get(step)
             # Else the part is the name of a union's member, which is no part of the path.
         if setting is not None:
@@ -211,13 +233,18 @@ def _convert(setting: Setting, value: object) -> object:
         raise _WrongError(_rejected(setting.allowed, value))
     if setting.kind is int:
         return _whole(value)
-    if setting.kind is tuple and isinstance(value, list):
+    if setting.kind is tuple and isinstance(value, list) and not setting.holds_text:
         if any(isinstance(v, bool) for v in value):
             raise _WrongError(_rejected(setting.allowed, value))
         return [_whole(v) for v in value]
     if setting.kind is dict and isinstance(value, dict):
-        return {k: scalar(str(v)) if isinstance(v, Words) else v for k, v in value.items()}
+        return {k: _argument(setting, v) if isinstance(v, Words) else v for k, v in value.items()}
     return value
+
+
+def _argument(setting: Setting, words: Words) -> object:
+    """The words after the flag of one named argument, which takes one value or several."""
+    return [scalar(word) for word in words] if setting.holds_lists else scalar(str(words))
 
 
 def _from_words(setting: Setting, words: Words) -> object:
@@ -232,6 +259,8 @@ def _from_words(setting: Setting, words: Words) -> object:
         pairs = [word.partition("=") for word in words if word != "none"]
         if not words or any(not equals for _, equals, _ in pairs):
             raise _WrongError(f"expected NAME=VALUE …, or none, got {got(words)}")
+        if setting.holds_lists:
+            return {name: [scalar(value) for value in values.split(",")] for name, _, values in pairs}
         return {name: scalar(value) for name, _, value in pairs}
     if len(words) != 1 or words.negated:
         number = f"{len(words)} words ({words})" if words else "no value"

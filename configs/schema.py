@@ -13,7 +13,9 @@ from pydantic import model_validator
 
 from configs.algorithms import Algorithm, AlgorithmSettings, SacSettings
 from configs.conflicts import conflicts
-from configs.settings import Scalar, Settings, setting
+from configs.curriculum import EpisodeCurriculumSettings
+from configs.settings import Argument, Scalar, Settings, setting
+from configs.tasks import EnvTasksSettings
 
 __all__ = [
     "ActorsSettings",
@@ -22,6 +24,8 @@ __all__ = [
     "CheckpointSettings",
     "CommonSettings",
     "EnvSettings",
+    "EnvTasksSettings",
+    "EpisodeCurriculumSettings",
     "EvalSettings",
     "LearnerProcessSettings",
     "LearnersSettings",
@@ -59,7 +63,9 @@ class EnvSettings(Settings):
         ge=1,
         le=64,
     )
-    kwargs: dict[str, Scalar] = setting({}, "Arguments passed on to the environment's constructor.", unit="name value")
+    kwargs: dict[str, Argument] = setting(
+        {}, "Arguments passed on to the environment's constructor.", unit="name value"
+    )
 
 
 class ActorsSettings(Settings):
@@ -253,13 +259,21 @@ class EvalSettings(Settings):
         ge=0,
         le=10**12,
     )
-    episodes: int = setting(10, "Episodes in one evaluation.", unit="episodes", ge=1, le=100_000)
+    episodes: int = setting(10, "Episodes in one evaluation, of each of its tasks.", unit="episodes", ge=1, le=100_000)
     seed: int = setting(
         1_000_003,
         "First seed of the evaluation environments; the same at every evaluation.",
         unit="seed",
         ge=0,
         le=2**31 - 1,
+    )
+    tasks: int | None = setting(
+        64,
+        "Most tasks that an evaluation plays, spread evenly over all of them and the same at every evaluation, each for "
+        "eval.episodes; None plays all.",
+        unit="tasks",
+        ge=1,
+        le=1_000_000,
     )
 
 
@@ -274,6 +288,13 @@ class StopSettings(Settings):
     )
     mean_return: float | None = setting(
         None, "Mean return of one evaluation that counts as solved.", unit="reward", ge=-1e12, le=1e12
+    )
+    success: float | None = setting(
+        None,
+        "Share of passed episodes of one evaluation, over all its tasks, that counts as solved.",
+        unit="share",
+        gt=0.0,
+        le=1.0,
     )
 
 
@@ -341,6 +362,8 @@ class RunConfig(CommonSettings):
         "control", "What is trained: a policy for control, or a language model (llm).", unit="choice"
     )
     env: EnvSettings = EnvSettings()
+    tasks: EnvTasksSettings = EnvTasksSettings()
+    curriculum: EpisodeCurriculumSettings = EpisodeCurriculumSettings()
     algorithm: Algorithm = SacSettings()
     actors: ActorsSettings = ActorsSettings()
     replay: ReplaySettings = ReplaySettings()
@@ -348,6 +371,20 @@ class RunConfig(CommonSettings):
     learners: LearnersSettings = LearnersSettings()
     eval: EvalSettings = EvalSettings()
     stop: StopSettings = StopSettings()
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether episodes are of tasks that a curriculum draws; else every episode plays `env`."""
+        return self.tasks.configured
+
+    @property
+    def env_name(self) -> str:
+        """What is played, in a few words: `env.id`, or the first of the tasks and how many more there are."""
+        tasks = self.tasks
+        if tasks.source is not None:
+            return tasks.source
+        ids = list(dict.fromkeys(tasks.ids or [row.id or self.env.id for row in tasks.list] or [self.env.id]))
+        return ids[0] if len(ids) == 1 else f"{ids[0]} and {len(ids) - 1} more"
 
     @property
     def lanes(self) -> int:

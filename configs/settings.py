@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 Scalar = bool | int | float | str
+Argument = Scalar | tuple[Scalar, ...]
 CLASS = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # the form of package.module:Class
 
 
@@ -29,3 +30,8 @@ class Settings(BaseModel):
     """Base of every group of settings: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the settings that do not have their default."""
+        return [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]

@@ -137,6 +137,11 @@ class Sources:
             if isinstance(inner, Words):
                 self.problem(path, f"contradicts --{prefix}, which gives the whole of it; use one of the two")
                 return
+            if isinstance(inner, list):
+                self.problem(
+                    path, f"is within a list that the file gives, and flags change lists as a whole: --{prefix}"
+                )
+                return
             if not isinstance(inner, dict):
                 return  # The file has no mapping here, which is reported as such.
             at, prefix = inner, prefix + "."

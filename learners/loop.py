@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from learners.distributed import Agreement, Group
-from learners.priorities import Importance, Prioritised, WriteBack
+from learners.priorities import Importance, Prioritised, TaskLosses, WriteBack, has_tasks
 from learners.publisher import Publisher
 from replay.schema import WindowBatch
 
@@ -47,12 +47,14 @@ class Algorithm(Protocol[Staged]):
     def stage(self, batch: WindowBatch, weights: np.ndarray | None = None) -> Staged:
         """The windows of a call, those of its first update first, on the learner's device; called in the prefetch thread.
 
-        weights: importance weights, float32 (windows,), of prioritised windows, at most 1 in each update; None: all are 1.
+        weights: float32 (windows,), at most 1 in each update: importance weights of prioritised windows, and 1 for each window
+            where its error is wanted all the same. None: all are 1.
         """
         ...
 
     def update(self, batch: Staged) -> Tensor | None:
-        """The updates of one call. Where the batch has weights, returns |delta| of its windows, (windows,), on the device."""
+        """The updates of one call. Where the batch has weights, returns |delta| of its windows, (windows,), on the device; an
+        algorithm that returns None has neither priorities nor losses of tasks."""
         ...
 
     def observe_returns(self, low: float, high: float) -> None:
@@ -98,7 +100,7 @@ def set_threads(cpus: float, threads: int) -> int:
 
 @dataclass(frozen=True)
 class _Call(Generic[Staged]):
-    """What one call of the algorithm learns from; `windows` where their priorities are wanted."""
+    """What one call of the algorithm learns from; `windows` where their errors are wanted."""
 
     staged: Staged
     windows: WindowBatch | None
@@ -147,7 +149,8 @@ class LearnerLoop(Generic[Staged]):
         self._updates_per_call = updates_per_call
         self._importance = importance
         self._group = group
-        self._write_back = WriteBack(sampler)
+        self._losses = TaskLosses()
+        self._write_back = WriteBack(None if importance is None else sampler, self._losses)
         self._staged = algorithm.updates  # updates whose windows were staged
         self._told: Extent | None = None  # returns that actors have met, as far as this learner was told
         self._observed: Extent | None = None  # those that the algorithm knows of
@@ -269,6 +272,17 @@ class LearnerLoop(Generic[Staged]):
         with self.between_updates():
             return self._algorithm.metrics()
 
+    def task_losses(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Numbers of the tasks that were learnt from since the last call, int64 (n,); sums of |delta| of their windows,
+        float64 (n,), as the algorithm returns them for priorities (R2D2: its mixture of a sequence's largest and mean error);
+        and of how many windows, int64 (n,). Any thread; it waits for no update.
+
+        None where rows have no tasks, nothing was learnt, or the algorithm returns no errors. Of several learners each tells
+        of its own windows, a fair sample of all. Windows are as they were drawn: from a prioritised table rather those with
+        large errors. One that nothing is learnt from, because a time limit cut its chunk short, counts with an error of 0.
+        """
+        return self._losses.take()
+
     @property
     def waiting_for(self) -> str | None:
         """What the loop waits for at this moment, and since when; None while it works."""
@@ -311,9 +325,13 @@ class LearnerLoop(Generic[Staged]):
     def _stage(self, batch: WindowBatch) -> _Call[Staged]:
         count, importance = self._updates_per_call, self._importance
         first, self._staged = self._staged, self._staged + count
-        if importance is None:
+        if importance is not None:
+            weights = importance.weights(batch, update=first, calls=count)
+        elif has_tasks(batch):
+            weights = np.ones(len(batch), np.float32)  # errors are returned of windows with weights
+        else:
             return _Call(self._algorithm.stage(batch), None)
-        return _Call(self._algorithm.stage(batch, importance.weights(batch, update=first, calls=count)), batch)
+        return _Call(self._algorithm.stage(batch, weights), batch)
 
     def _update(self, call: _Call[Staged]) -> None:
         with self._updates():

@@ -20,6 +20,7 @@ __all__ = [
     "LOG_STD_MAX",
     "LOG_STD_MIN",
     "STATE",
+    "TASK",
     "BestOfNPolicy",
     "GreedyPolicy",
     "Lanes",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 STATE = "state"  # field of a recurrent policy's state before the step
+TASK = "task"  # field of the number of the task that the episode is of
 
 
 class Policy(Protocol):
@@ -98,8 +100,11 @@ def acting_policy(schema: StepSchema, settings: AlgorithmSettings, *, stack: int
     raise ValueError(f"expected the settings of an algorithm, got {type(settings).__name__}")
 
 
-def row_schema(schema: StepSchema, policy: Policy) -> StepSchema:
-    """The rows that actors write: the environment's steps and, where the policy is recurrent, its state before each."""
-    if not policy.state_size:
-        return schema
-    return schema.with_extra(Field(STATE, "float32", (policy.state_size,)))
+def row_schema(schema: StepSchema, policy: Policy, *, tasks: bool = False) -> StepSchema:
+    """The rows that actors write: the environment's steps, a recurrent policy's state before each, and with `tasks` the task."""
+    extra = []
+    if policy.state_size:
+        extra.append(Field(STATE, "float32", (policy.state_size,)))
+    if tasks:
+        extra.append(Field(TASK, "int32"))
+    return schema.with_extra(*extra) if extra else schema

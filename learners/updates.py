@@ -189,15 +189,15 @@ class Updates(ABC):
     def stage(self, windows: WindowBatch, weights: np.ndarray | None = None) -> list[Batch]:
         """Copies what updates need from sampled windows to the device; may run in another thread than the updates.
 
-        `weights` (windows,) are importance weights of prioritised draws. Raises SchemaError when the windows are not this
-        learner's.
+        `weights` (windows,) are importance weights of prioritised draws, or 1 for each window so that its error is returned.
+        Raises SchemaError when the windows are not this learner's.
         """
         return self._staging(windows, weights)
 
     def update(self, batches: WindowBatch | Sequence[Batch]) -> Tensor | None:
         """As many updates as there are batches; waits for nothing on a GPU.
 
-        Returns the absolute errors (windows,), for new priorities, where the batches have weights.
+        Returns the absolute errors (windows,), for new priorities and losses of tasks, where the batches have weights.
         """
         if isinstance(batches, WindowBatch):
             batches = self.stage(batches)

@@ -106,7 +106,7 @@ def _apply_append(
     """Make the rows of a record visible: link them, make them items, move the lanes' heads. Doing it twice is doing it once.
 
     Rows that became items are listed in `new` from `count` on, as row · 256 + flags, and without the bit LINKED those that
-    would have, were the rows not gone that their frames are stacked from; returns where the list ends.
+    would have, were they, or the rows that their frames are stacked from, not gone; returns where the list ends.
     """
     tables = len(strides)
     inserted = np.zeros(MAX_TABLES, np.int64)
@@ -116,24 +116,28 @@ def _apply_append(
         segment = newest // steps
         row = old + 1 if old != NONE and old // steps == segment else segment * steps
         previous = old
-        if old != NONE and old // steps != segment and segments[NEXT, old // steps] != segment:
-            previous = NONE  # recycled between the lane's taking of this segment and the first row in it: after a crash
+        # After a crash, between the lane's taking of this segment and the first row in it, others may have recycled the
+        # one before. Its last row is then inserted and deleted at once, as writers and limiters have counted on; that it
+        # ended no episode is told by its successor alone.
+        gone = old != NONE and old // steps != segment and segments[NEXT, old // steps] != segment
         while row <= newest:
             is_first = packed[row, first_byte] != 0
-            if previous != NONE and not is_first and packed[previous, last_byte] == 0:
+            if previous != NONE and not is_first and (gone or packed[previous, last_byte] == 0):
                 bits = LINKED
                 for table in range(tables):
                     if index % strides[table] == 0:
                         bits |= 2 << table
                         inserted[table] += 1
-                if bits != LINKED and not stackable(previous, history, packed, segments, first_byte, steps):
+                if bits != LINKED and (gone or not stackable(previous, history, packed, segments, first_byte, steps)):
                     new[count] = previous << 8 | bits ^ LINKED
                     count += 1
                     bits = LINKED
-                flags[previous] = bits
+                if not gone:  # else the place is another lane's
+                    flags[previous] = bits
                 if bits != LINKED:
                     new[count] = previous << 8 | bits
                     count += 1
+            gone = False
             index = 0 if is_first else index + 1
             previous = row
             row += 1

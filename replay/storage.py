@@ -47,7 +47,7 @@ class SegmentStorage:
         history: rows before an item, of its episode, without which it is no item: what its frames are stacked from.
         changed: called with the rows that are items no longer and those that have become items, both int64 (n,), as
             row · 256 + flags: the flags they had, or have. A row may be in both lists; what it is now, its flags tell.
-            Without the bit LINKED, a new row was to be an item and is none: frames before it are gone.
+            Without the bit LINKED, a new row was to be an item and is none: frames before it are gone, or it is itself.
 
         Raises:
             StorageError: what is to be recovered is no storage, or one of another layout.

@@ -97,7 +97,7 @@ class Table:
         """Rows stopped being items, and rows became items, as `SegmentStorage` tells."""
         removed = gone[gone & int(self.bit) != 0] >> 8
         wanted = new[new & int(self.bit) != 0]
-        added = wanted[wanted & LINKED != 0] >> 8  # the others lack frames before them: deleted at once
+        added = wanted[wanted & LINKED != 0] >> 8  # the others, or frames before them, are gone: deleted at once
         self.items += len(added) - len(removed)
         if deleted := len(removed) + len(wanted) - len(added):
             self.limiter.deleted(deleted)

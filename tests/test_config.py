@@ -18,9 +18,11 @@ from pydantic import Field
 from configs.fields import Setting, nearest_path, walk
 from configs.load import ConfigError, dump_config, find_config, load, load_config, load_run, nearest, settings_help
 from configs.schema import RunConfig, Settings, setting
+from configs.tasks import EnvTaskRow
 
 PACKAGED = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 ALL = {s.path: s for s in walk(RunConfig)}
+ROW = {s.path: s for s in walk(EnvTaskRow)}
 
 
 class Plain(Settings):
@@ -68,9 +70,9 @@ def write(folder: Path, text: str) -> Path:
 # -- the settings themselves ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ALL)
+@pytest.mark.parametrize("path", [*ALL, *(f"tasks.list.{name}" for name in ROW)])
 def test_every_setting_has_type_bound_unit_and_help(path: str) -> None:
-    field = ALL[path]
+    field = ALL.get(path) or ROW[path.removeprefix("tasks.list.")]
     assert field.kind in (bool, int, float, str, Literal, tuple, dict)
     assert field.unit
     assert field.info.description is not None
@@ -84,7 +86,7 @@ def test_every_setting_has_type_bound_unit_and_help(path: str) -> None:
         assert "pattern" not in names or "allowed" in (field.info.json_schema_extra or ()), "in words too"  # type: ignore[operator]
     elif field.kind is tuple:
         assert {"min_length", "max_length"} <= names
-        assert re.search(r"from \d", field.element), "the elements are bounded too"
+        assert re.search(r"from -?\d|not empty|keys among", field.element), "the elements are bounded too"
     assert field.expected
 
 
@@ -95,7 +97,7 @@ def test_defaults_are_within_their_own_bounds() -> None:
 @pytest.mark.parametrize("path", PACKAGED, ids=lambda p: p.stem)
 def test_packaged_configs_load_and_set_nothing_twice(path: Path) -> None:
     config: Any = load_run(path)
-    assert (config.tasks.source if config.kind == "llm" else config.env.id) in path.read_text()
+    assert (config.tasks.source if config.kind == "llm" else config.env_name.split()[0]) in path.read_text()
 
 
 # -- values from files and flags --------------------------------------------------------------------------------------
@@ -133,6 +135,12 @@ def test_the_documented_command_line() -> None:
         ("--seed 1 --seed 2", "seed", 2),
         ("--env.kwargs.size 3 --env.kwargs.rate 1e-3", "env.kwargs", {"size": 3, "rate": 1e-3}),
         ("--env.kwargs size=3 dark=true mode=a=b", "env.kwargs", {"size": 3, "dark": True, "mode": "a=b"}),
+        ("--tasks.ids Reach-v3 1e3 5", "tasks.ids", ("Reach-v3", "1e3", "5")),
+        ("--tasks.product.size 5 1e3 --tasks.product.on true", "tasks.product", {"size": (5, 1e3), "on": (True,)}),
+        ("--tasks.product size=5,6 mode=a=b,c", "tasks.product", {"size": (5, 6), "mode": ("a=b", "c")}),
+        ("--tasks.ids a --tasks.product none", "tasks.product", {}),
+        ("--tasks.ids a --eval.tasks None", "eval.tasks", None),
+        ("--tasks.source my.tasks:make --tasks.kwargs.count 5", "tasks.kwargs", {"count": 5}),
     ],
 )
 def test_flags(flags: str, path: str, value: object) -> None:
@@ -254,7 +262,31 @@ def test_a_wrong_flag_is_named_with_what_is_allowed(flags: str, parts: list[str]
         ("env:\n", ["env: expected a group of settings", "got nothing (null)"]),
         ("seed:\n", ["seed: expected a whole number", "got nothing (null)", ":1)"]),
         ("env: {id: 5}\n", ["env.id: expected text, not empty, got 5; put it in quotes"]),
-        ("env: {kwargs: {a: [1]}}\n", ["env.kwargs.a: expected true or false or a number or text, got [1]"]),
+        (
+            "env: {kwargs: {a: {b: 1}}}\n",
+            ["env.kwargs.a: expected true or false or a number or text or a list of these, got a"],
+        ),
+        ("tasks: {ids: [5]}\n", ["tasks.ids.0: expected text, not empty, got 5"]),
+        ("tasks: {ids: a}\n", ["tasks.ids: expected a list of 0 to 10000 values, each text, not empty", "got 'a'"]),
+        ("tasks: {product: {size: 5}}\n", ["tasks.product.size: expected a list of 1 to", "got 5", ":1)"]),
+        ("tasks: {product: {size: []}}\n", ["tasks.product.size: expected a list of 1 to", "got []"]),
+        ("tasks: {product: {size: [{}]}}\n", ["tasks.product.size: expected a list of 1 to", "got a mapping"]),
+        (
+            "tasks: {list: [a]}\n",
+            ["tasks.list.0: expected a mapping with keys among id, kwargs", "got 'a'"],
+        ),
+        ("tasks: {list: {id: a}}\n", ["tasks.list: expected a list", "got a mapping"]),
+        (
+            "tasks:\n  list:\n    - id: a\n    - id: b\n      stag: 3\n",
+            ["tasks.list.1.stag: no such setting; did you mean tasks.list.1.stage? tasks.list.1 has id, kwargs", ":5)"],
+        ),
+        (
+            "tasks:\n  list:\n    - id: a\n    - stage: -1\n",
+            ["tasks.list.1.stage: expected a whole number from 0 to 1_000_000, or None [stage], got -1", ":4)"],
+        ),
+        ("tasks:\n  list:\n    - stage: true\n", ["tasks.list.0.stage: expected a whole number", "got true", ":3)"]),
+        ("tasks: {list: [{embedding: [1, x]}]}\n", ["tasks.list.0.embedding.1: expected a number from", "got 'x'"]),
+        ("tasks: {list: [{kwargs: {a: {}}}]}\n", ["tasks.list.0.kwargs.a: expected true or false", "got a mapping"]),
         ("env: {kwargs: {a: }}\n", ["env.kwargs.a: expected", "got nothing (null)"]),
         ("name: 2026-01-01\n", ["name: expected up to 100 letters", "got 2026-01-01"]),
         ("5\n", ["expected settings such as 'seed: 1'", "got 5"]),
@@ -334,7 +366,30 @@ def test_a_missing_file_names_the_configs_there_are() -> None:
         ("--replay.tls_key a.key", "replay.tls_key is set and replay.tls_certificate is not; set both"),
         ("--replay.tls_authority ca.pem", "replay.tls_authority is set and the shards serve without TLS"),
         ("--eval.every 0 --stop.mean_return 1", "eval.every is 0; set eval.every"),
-        ("--stop.steps None", "one of stop.steps, stop.wall_s and stop.mean_return must be set"),
+        (
+            "--tasks.ids a --eval.every 0 --stop.success 0.5",
+            "stop.success is measured by evaluations, and eval.every is 0",
+        ),
+        ("--stop.success 0.5", "stop.success is a share of passed episodes, and only tasks say when one has"),
+        (
+            "--tasks.ids a --tasks.source a.jsonl",
+            "tasks.ids and tasks.source each say what the tasks are, expected one",
+        ),
+        ("--tasks.product a=1 --tasks.source a.jsonl", "tasks.product and tasks.source each say what the tasks are"),
+        ("--tasks.threshold 5", "tasks.threshold is set and there are no tasks; set one of tasks.ids"),
+        ("--curriculum.draw band", "curriculum.draw is set and there are no tasks to draw; set one"),
+        ("--tasks.source a.jsonl --tasks.kwargs a=1", "tasks.kwargs are a generator's, and tasks.source names none"),
+        ("--tasks.ids a --curriculum.low 0.9", "curriculum.low (0.9) must not exceed curriculum.high (0.8)"),
+        (
+            "--tasks.ids a --curriculum.group_size 2 --curriculum.low 0.6 --curriculum.filter band",
+            "curriculum.filter band keeps no group: with groups of 2",
+        ),
+        (
+            "--tasks.ids a --actors.batch_size 4",
+            "actors.batch_size (4) below actors.envs (8) steps in completion order, and",
+        ),
+        ("--tasks.ids a --prior.source data", "prior.source holds steps that do not say which task they are of"),
+        ("--stop.steps None", "one of stop.steps, stop.wall_s, stop.mean_return and stop.success must be set"),
     ],
 )
 def test_an_impossible_combination_says_where_its_parts_come_from(flags: str, text: str) -> None:
@@ -351,6 +406,9 @@ def test_an_impossible_combination_says_where_its_parts_come_from(flags: str, te
         "--algorithm.head.kind c51 --algorithm.head.bins 402 --algorithm.head.low 0 --algorithm.head.high 9",
         "--algorithm.head.bins 402",  # of no use, and in nobody's way
         "--algorithm.chain.length 2 --algorithm.chain.policy_value one",
+        "--tasks.ids a b --tasks.product.size 5 6 --actors.batch_size 8",
+        "--tasks.source my.tasks:make --tasks.kwargs a=1 --stop.steps None --stop.success 1",
+        "--tasks.ids a --curriculum.draw my.own:Class --curriculum.kwargs a=1",
     ],
 )
 def test_what_can_run_is_not_refused(flags: str) -> None:
@@ -376,6 +434,66 @@ def test_no_file_ends_in_anything_but_a_config_or_a_message(
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_bytes(text.encode(errors="surrogatepass"))
     assert outcome(path)
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+TASKS = """
+env:
+  id: Grid-v0
+  kwargs: {start: [1, 2]}
+tasks:
+  encoding: embedding
+  list:
+    - {kwargs: {size: 5, goal: [1, 3e-4], "on": true}, family: small, stage: 0, embedding: [0, 1.5]}
+    - {id: a/Other-v0, name: "2024", threshold: 3e2, embedding: [1, 2]}
+"""
+
+
+def test_tasks_in_a_file_go_round(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, TASKS))
+    first, second = config.tasks.list
+    assert first == EnvTaskRow(
+        kwargs={"size": 5, "goal": (1, 3e-4), "on": True}, family="small", stage=0, embedding=(0.0, 1.5)
+    )
+    assert (second.id, second.name, second.threshold) == ("a/Other-v0", "2024", 300.0)
+    assert config.env.kwargs == {"start": (1, 2)}
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+    assert "--tasks.list (default: {kwargs=size=5 goal=1,0.0003 on=True family=small" in settings_help(config)
+
+
+def test_a_run_has_tasks_where_something_says_which(tmp_path: Path) -> None:
+    plain = load_config(None)
+    assert not plain.has_tasks
+    assert plain.env_name == "Pendulum-v1"
+    for flags, name in (
+        ("--tasks.ids a", "a"),
+        ("--tasks.ids a b c", "a and 2 more"),
+        ("--env.id x --tasks.product size=1,2", "x"),
+        ("--tasks.source my.jsonl", "my.jsonl"),
+    ):
+        config = load_config(None, flags.split())
+        assert config.has_tasks
+        assert config.env_name == name
+    listed = write(tmp_path, TASKS)
+    assert load_config(listed).env_name == "Grid-v0 and 1 more"
+    assert load_config(listed, ["--tasks.list", "--tasks.ids", "a"]).tasks.list == (), "no words, no rows"
+
+
+def test_flags_do_not_reach_into_a_list_of_tasks(tmp_path: Path) -> None:
+    path = write(tmp_path, TASKS)
+    assert refusal(path, "--tasks.list.0.stage", "3").startswith(
+        "tasks.list.0.stage: is within a list that the file gives"
+    )
+    assert refusal(None, "--tasks.list", "a").startswith("tasks.list: is a list of mappings, which flags cannot give")
+
+
+def test_more_tasks_than_there_may_be_are_refused_before_they_are_made() -> None:
+    values = [str(n) for n in range(1001)]
+    message = refusal(None, "--tasks.product.a", *values, "--tasks.product.b", *values)
+    assert message.startswith("tasks.product and tasks.ids make 1002001 tasks, expected at most 1000000; leave some")
 
 
 # -- several algorithms behind one key --------------------------------------------------------------------------------

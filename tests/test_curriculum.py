@@ -1,9 +1,8 @@
-"""The curriculum: the tracker against a plain reference, the band exactly, drawing by its frequencies, filter and waste."""
+"""What the curriculum knows: the tracker against plain references, the band exactly, filter and waste."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from fractions import Fraction
 from math import comb
 
@@ -13,14 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.curriculum.band import band_probability
-from cluster.curriculum.drawing import SWEEP, Drawing, PassRateDrawing, UniformDrawing, make_drawing
 from cluster.curriculum.filter import Amount, GroupFilter, Waste
-from cluster.curriculum.tracker import Tracker
-from configs.curriculum import CurriculumSettings, pass_counts
-from tests.benchmarks.curriculum import simulate
+from cluster.curriculum.tracker import LOSS_WINDOWS, SLOWER, Tracker
+from configs.curriculum import CurriculumSettings, EpisodeCurriculumSettings, pass_counts
 
 FAMILIES = np.array([0, 0, 0, 1, 1, 2])
-DRAWS = 400_000
 Groups = list[tuple[int, int, int]]
 
 
@@ -36,6 +32,14 @@ def recorded_groups(draw: st.DrawFn) -> Groups:
 
 def record(tracker: Tracker, groups: Groups) -> None:
     tracker.record(*np.array(groups, np.int64).reshape(-1, 3).T)
+
+
+def record_all(tracker: Tracker, groups: Groups) -> None:
+    """With lengths, returns, of which some are not known, and value losses that depend on the group."""
+    tasks, passes, attempts = np.array(groups, np.int64).reshape(-1, 3).T
+    returns = np.where(passes % 3 == 1, np.nan, passes - 2.5)
+    tracker.record(tasks, passes, attempts, 10.0 + 3.0 * passes, returns)
+    tracker.score(tasks, 0.5 * attempts * passes, attempts)
 
 
 def reference(groups: Groups, discount: float, family_discount: float) -> tuple[np.ndarray, np.ndarray]:
@@ -85,10 +89,10 @@ def test_the_posterior_is_the_definitions(groups: Groups, discount: float, famil
 @given(recorded_groups(), st.randoms(use_true_random=False))
 def test_one_call_does_not_depend_on_the_order_of_its_groups(groups: Groups, random: object) -> None:
     first, second = Tracker(FAMILIES), Tracker(FAMILIES)
-    record(first, groups)
+    record_all(first, groups)
     shuffled = list(groups)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    record(second, shuffled)
+    record_all(second, shuffled)
     for name, array in first.state().items():
         np.testing.assert_allclose(second.state()[name], array, rtol=1e-12, err_msg=name)
 
@@ -138,14 +142,101 @@ def test_drawing_by_outcome_does_not_bias_the_family() -> None:
 @given(recorded_groups(), recorded_groups())
 def test_the_trackers_state_comes_back(before: Groups, after: Groups) -> None:
     tracker, other = Tracker(FAMILIES), Tracker(FAMILIES)
-    record(tracker, before)
+    record_all(tracker, before)
     saved = tracker.state()
-    record(tracker, after)  # a state is a copy
+    record_all(tracker, after)  # a state is a copy
     other.load_state(saved)
-    record(other, after)
+    record_all(other, after)
     for name, array in tracker.state().items():
         np.testing.assert_array_equal(other.state()[name], array, err_msg=name)
-    np.testing.assert_array_equal(other.posterior(), tracker.posterior())
+    for mine, theirs in (
+        (other.posterior(), tracker.posterior()),
+        (other.progress(), tracker.progress()),
+        (other.means(), tracker.means()),
+        ((other.groups, other.scores), (tracker.groups, tracker.scores)),
+    ):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@given(recorded_groups(), st.sampled_from([0.5, 0.9, 1.0]))
+def test_lengths_and_returns_are_means_over_attempts_discounted_as_the_counts(groups: Groups, discount: float) -> None:
+    """Against sums by the definition, group after group; a return that is not known leaves the task's as it is."""
+    tracker = Tracker(FAMILIES, discount=discount)
+    sums = np.zeros((2, 2, len(FAMILIES)))  # (length or return, sum or attempts, task)
+    for task, passes, attempts in groups:
+        record_all(tracker, [(task, passes, attempts)])
+        for measure, mean in enumerate((10.0 + 3.0 * passes, np.nan if passes % 3 == 1 else passes - 2.5)):
+            if attempts and not np.isnan(mean):
+                sums[measure, :, task] = discount * sums[measure, :, task] + np.array([mean * attempts, attempts])
+    with np.errstate(invalid="ignore"):
+        expected = sums[:, 0] / sums[:, 1]
+    np.testing.assert_allclose(tracker.means(), expected, rtol=1e-9)
+    np.testing.assert_array_equal((tracker.mean_length, tracker.mean_return), tracker.means())
+    some = np.array([5, 0, 0, 2])
+    np.testing.assert_array_equal(tracker.means(some), np.array(tracker.means())[:, some])
+
+
+@given(recorded_groups(), st.sampled_from([0.5, 0.9, 1.0]))
+def test_progress_is_the_recent_rate_less_a_slower_one(groups: Groups, discount: float) -> None:
+    """And the best prediction is the highest after any group of the task."""
+    tracker = Tracker(FAMILIES, discount=discount)
+    slow = 1.0 - (1.0 - discount) / SLOWER
+    counts, best = np.zeros((len(FAMILIES), 4)), np.zeros(len(FAMILIES))
+    for task, passes, attempts in groups:
+        record(tracker, [(task, passes, attempts)])
+        if attempts:
+            passed, tried, slow_passed, slow_tried = counts[task]
+            counts[task] = (
+                discount * passed + passes,
+                discount * tried + attempts,
+                slow * slow_passed + passes,
+                slow * slow_tried + attempts,
+            )
+            alpha, beta = tracker.posterior(np.array([task]))
+            best[task] = max(best[task], alpha[0] / (alpha[0] + beta[0]))
+    tried = counts[:, 1] > 0
+    counts = counts[tried]
+    expected = np.zeros(len(FAMILIES))
+    expected[tried] = counts[:, 0] / counts[:, 1] - counts[:, 2] / counts[:, 3]
+    np.testing.assert_allclose(tracker.progress(), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(tracker.progress(np.array([4, 4, 1])), expected[[4, 4, 1]], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(tracker.best, best, rtol=1e-12)
+
+
+def test_progress_has_the_sign_of_the_movement_and_ends_with_it() -> None:
+    tracker = Tracker(np.zeros(3, np.int64))
+    peaks = np.zeros(3)
+    for passes in [(0, 8, 4)] * 30 + [(8, 0, 4)] * 60:  # one is learnt, one forgotten, one stays
+        tracker.record(np.arange(3), np.array(passes), np.full(3, 8))
+        peaks = np.where(np.abs(tracker.progress()) > np.abs(peaks), tracker.progress(), peaks)
+    np.testing.assert_allclose(peaks, [0.44, -0.44, 0.0], atol=0.01)
+    np.testing.assert_allclose(tracker.progress(), 0.0, atol=0.05)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.floats(0, 1e3), st.floats(0, 200)), max_size=20))
+def test_value_losses_are_exponential_means_over_windows(reports: list[tuple[int, float, float]]) -> None:
+    tracker = Tracker(FAMILIES)
+    expected = np.full(6, np.nan)
+    taken = 0
+    for task, mean, windows in reports:
+        tracker.score(np.array([task]), np.array([mean * windows]), np.array([windows]))
+        if windows > 0.0:
+            kept = 0.0 if np.isnan(expected[task]) else np.exp(-windows / LOSS_WINDOWS)
+            mean = mean * windows / windows  # as rounded
+            expected[task] = kept * (0.0 if kept == 0.0 else expected[task]) + (1.0 - kept) * mean
+            taken += 1
+    np.testing.assert_allclose(tracker.losses, expected, rtol=1e-9, atol=1e-300)
+    assert tracker.scores == taken
+    assert tracker.groups == 0
+
+
+def test_a_few_windows_move_a_value_loss_little() -> None:
+    tracker = Tracker(FAMILIES)
+    tracker.score(np.array([1, 2]), np.array([1.0, 4.0]), np.array([1, 4]))
+    np.testing.assert_array_equal(tracker.losses, [np.nan, 1.0, 1.0, np.nan, np.nan, np.nan])
+    tracker.score(np.array([1, 2, 2]), np.array([2.0, 600.0, 1000.0]), np.array([1, 300, 500]))
+    assert tracker.losses[1] == pytest.approx(1.0155, abs=1e-3)
+    assert tracker.losses[2] == pytest.approx(2.0, abs=1e-3)
 
 
 def test_the_tracker_names_what_is_wrong() -> None:
@@ -159,6 +250,20 @@ def test_the_tracker_names_what_is_wrong() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             record(tracker, groups)
+    two = np.array([1, 2])
+    for means in ({"lengths": np.ones(1)}, {"returns": np.array([1.0, np.inf])}):
+        with pytest.raises(ValueError, match="expected a number or nan for each"):
+            tracker.record(two, two, two, **means)
+    for losses, weights, message in (
+        ([1.0, np.nan], [1, 1], "task 2 came with a loss of nan"),
+        ([1.0, -1.0], [1, 1], "task 2 came with a loss of -1"),
+        ([1.0, 1.0], [np.inf, 1], "task 1 came with a weight of inf"),
+        ([1.0], [1, 1], "expected one of each per task"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tracker.score(two, np.array(losses), np.array(weights))
+    with pytest.raises(ValueError, match="expected numbers in 0…5"):
+        tracker.score(np.array([6]), np.ones(1), np.ones(1))
     with pytest.raises(ValueError, match="expected one of each"):
         tracker.record(np.array([1]), np.array([1, 2]), np.array([1]))
     for name, array in tracker.state().items():
@@ -318,224 +423,14 @@ def test_waste_is_counted_by_reason_and_merged() -> None:
         Waste.from_state({"kept": [1, 2, 3]})
 
 
-# --- drawing
-
-
-def trained_tracker(tasks: int = 60, families: int = 3, *, seed: int = 0) -> Tracker:
-    """Half of the tasks tried, those of each family with a pass rate of its own."""
-    generator = np.random.default_rng(seed)
-    tracker = Tracker(np.arange(tasks) % families)
-    tried = generator.permutation(tasks)[: tasks // 2]
-    rates = generator.beta(0.3, 0.3 + tracker.families[tried])
-    tracker.record(tried, generator.binomial(40, rates), np.full(len(tried), 40))
-    return tracker
-
-
-def pass_rate_drawing(
-    tracker: Tracker, *, floor: float = 0.1, sharpness: float = 1.0, seed: int = 0
-) -> PassRateDrawing:
-    return PassRateDrawing(tracker, group_size=8, low=2, high=6, floor=floor, sharpness=sharpness, seed=seed)
-
-
-def expected_shares(tracker: Tracker, *, floor: float, sharpness: float = 1.0) -> np.ndarray:
-    weights: np.ndarray = band_probability(*tracker.posterior(), size=8, low=2, high=6) ** sharpness
-    shares: np.ndarray = floor / len(tracker) + (1.0 - floor) * weights / weights.sum()
-    return shares
-
-
-def assert_frequencies(draws: np.ndarray, shares: np.ndarray) -> None:
-    """A chi-square test whose threshold 1 of 30 000 correct runs passes.
-
-    Draws of other shares raise its mean of 59, for 60 tasks, by draws · Σ (theirs − right)² / right. Tasks that are drawn 2 %
-    too often or too seldom raise it by 160: 1 of 100 000 such runs stays below the threshold of 113.
-    """
-    counts = np.bincount(draws, minlength=len(shares))
-    expected = shares * len(draws)
-    degrees = len(shares) - 1
-    assert ((counts - expected) ** 2 / expected).sum() < degrees + 5 * (2 * degrees) ** 0.5
-
-
-@pytest.mark.parametrize(("floor", "sharpness"), [(0.1, 1.0), (0.5, 1.0), (1.0, 1.0), (0.1, 3.0)])
-def test_tasks_are_drawn_in_proportion(floor: float, sharpness: float) -> None:
-    tracker = trained_tracker()
-    draws = pass_rate_drawing(tracker, floor=floor, sharpness=sharpness).draw(DRAWS, distinct=False)
-    assert_frequencies(draws, expected_shares(tracker, floor=floor, sharpness=sharpness))
-
-
-def test_the_frequency_test_has_power() -> None:
-    """A floor that is wrong by a fifth of itself, which moves 0.5 % of the draws, does not pass."""
-    tracker = trained_tracker()
-    draws = pass_rate_drawing(tracker, floor=0.12).draw(DRAWS, distinct=False)
-    with pytest.raises(AssertionError):
-        assert_frequencies(draws, expected_shares(tracker, floor=0.1))
-
-
-def test_outcomes_change_what_is_drawn() -> None:
-    """Of tried tasks, and of untried ones through their family, after updates and after draws of distinct tasks."""
-    tracker = trained_tracker()
-    drawing = pass_rate_drawing(tracker)
-    generator = np.random.default_rng(3)
-    for _ in range(6):
-        tasks = drawing.draw(5)
-        passes = generator.binomial(8, 0.1 + 0.4 * (tracker.families[tasks] == 0))
-        tracker.record(tasks, passes, np.full(5, 8))
-        drawing.update(tasks)
-    drawing.draw(1)  # the sweep, which takes all 60 tasks in
-    assert (tracker.attempts == 0).any()
-    assert_frequencies(drawing.draw(DRAWS, distinct=False), expected_shares(tracker, floor=0.1))
-
-
-def test_family_changes_reach_untried_tasks_at_once() -> None:
-    tasks = 5 * SWEEP
-    tracker = Tracker(np.arange(tasks) % 2)
-    drawing = pass_rate_drawing(tracker, floor=0.0)
-    assert abs(np.mean(drawing.draw(2_000, distinct=False) % 2) - 0.5) < 0.06  # 5 standard deviations
-    failed = np.arange(400) * 2 + 1  # of family 1
-    tracker.record(failed, np.zeros(400, np.int64), np.full(400, 8))
-    drawing.update(failed)
-    expected = expected_shares(tracker, floor=0.0)[1::2].sum()
-    assert expected < 0.1
-    assert abs(np.mean(drawing.draw(2_000, distinct=False) % 2) - expected) < 0.04
-
-
-def test_distinct_draws_are_one_after_another_from_what_is_left() -> None:
-    """Two distinct draws of four tasks: P(i, then j) = w_i · w_j / (1 − w_i), by chi-square over the 12 ordered pairs."""
-    tracker = Tracker(np.array([0, 0, 0, 1]))
-    record(tracker, [(0, 4, 8), (0, 4, 8), (1, 0, 8), (3, 8, 8)])
-    drawing = pass_rate_drawing(tracker, floor=0.0)
-    weights = expected_shares(tracker, floor=0.0)
-    pairs = np.array([drawing.draw(2) for _ in range(3_000)])
-    shares = np.array(
-        [[0.0 if i == j else weights[i] * weights[j] / (1 - weights[i]) for j in range(4)] for i in range(4)]
-    )
-    flat = shares.ravel() > 0
-    counts = np.bincount(pairs[:, 0] * 4 + pairs[:, 1], minlength=16)
-    assert counts[~flat].sum() == 0
-    expected = 3_000 * shares.ravel()[flat]
-    assert ((counts[flat] - expected) ** 2 / expected).sum() < 11 + 5 * 22**0.5
-    before = drawing.state()["weights"]
-    assert sorted(drawing.draw(4)) == [0, 1, 2, 3]
-    np.testing.assert_array_equal(drawing.state()["weights"], before)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 40), st.integers(0, 40), st.sampled_from([0.0, 0.1, 1.0]), st.integers(0, 2**32))
-def test_no_task_comes_twice_in_a_call(tasks: int, count: int, floor: float, seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    tracker = Tracker(generator.integers(3, size=tasks))
-    for drawing in (pass_rate_drawing(tracker, floor=floor, seed=seed), UniformDrawing(tasks, seed=seed)):
-        for _ in range(3):
-            drawn = drawing.draw(count)
-            assert drawn.shape == (count,)
-            assert ((drawn >= 0) & (drawn < tasks)).all()
-            assert len(np.unique(drawn)) == count or count > tasks
-            assert drawing.draw(count, distinct=False).shape == (count,)
-            tracker.record(drawn, generator.binomial(8, 0.5, count), np.full(count, 8))
-            drawing.update(drawn)
-
-
-def test_the_floor_keeps_every_task_alive() -> None:
-    """Half of 200 tasks always fail. Each is drawn still; one is missed by 40 000 floor draws with a probability of 2e-9."""
-    tracker = Tracker(np.zeros(200, np.int64), discount=1.0)
-    hopeless = np.arange(100)
-    for _ in range(200):
-        tracker.record(np.arange(200), np.where(np.arange(200) < 100, 0, 4), np.full(200, 8))
-    counts = np.bincount(pass_rate_drawing(tracker, floor=0.1).draw(40_000, distinct=False), minlength=200)
-    assert counts[hopeless].min() > 0
-    assert counts[hopeless].sum() < 0.08 * 40_000  # and hardly more than the floor: 5 %
-    none = np.bincount(pass_rate_drawing(tracker, floor=0.0).draw(40_000, distinct=False), minlength=200)
-    assert none[hopeless].sum() < 0.001 * 40_000
-
-
-def test_the_sweep_takes_in_what_a_family_shows() -> None:
-    """A tried task's weight follows its family's prior within a call or two per 1 024 tasks."""
-    tasks = 3 * SWEEP
-    tracker = Tracker(np.zeros(tasks, np.int64))
-    drawing = pass_rate_drawing(tracker, floor=0.0)
-    for begin, passes in ((0, 4), (tasks // 2, 0)):
-        half = np.arange(begin, begin + tasks // 2)
-        tracker.record(half, np.full(len(half), passes), np.full(len(half), 8))
-        drawing.update(half)
-    expected = band_probability(*tracker.posterior(), size=8, low=2, high=6)
-    assert np.abs(drawing.state()["weights"][:tasks] - expected).max() > 1e-3
-    for _ in range(3):
-        drawing.draw(1)
-    np.testing.assert_allclose(drawing.state()["weights"][:tasks], expected, rtol=1e-12)
-
-
-def uniform(tracker: Tracker) -> Drawing:
-    return UniformDrawing(len(tracker), seed=1)
-
-
-@pytest.mark.parametrize("make", [uniform, pass_rate_drawing])
-def test_the_drawings_state_comes_back(make: Callable[[Tracker], Drawing]) -> None:
-    def go_on(tracker: Tracker, drawing: Drawing, steps: int) -> list[np.ndarray]:
-        drawn = []
-        for _ in range(steps):
-            drawn.append(drawing.draw(7))
-            tracker.record(drawn[-1], drawn[-1] % 9, np.full(7, 8))
-            drawing.update(drawn[-1])
-        return drawn
-
-    tracker = trained_tracker()
-    drawing = make(tracker)
-    go_on(tracker, drawing, 5)
-    saved, tracked = drawing.state(), tracker.state()
-    expected = go_on(tracker, drawing, 5)
-    again = trained_tracker(seed=9)
-    other = make(again)
-    again.load_state(tracked)
-    other.load_state(saved)
-    np.testing.assert_array_equal(go_on(again, other, 5), expected)
-
-
-def test_a_drawings_state_of_another_moment_is_refused() -> None:
-    tracker = trained_tracker()
-    drawing = pass_rate_drawing(tracker)
-    saved = drawing.state()
-    with pytest.raises(ValueError, match="load the tracker's state of that moment first"):
-        pass_rate_drawing(Tracker(tracker.families)).load_state(saved)
-    with pytest.raises(ValueError, match="expected 30"):
-        pass_rate_drawing(trained_tracker(30)).load_state(saved)
-    with pytest.raises(ValueError, match="lacks generator"):
-        drawing.load_state({name: array for name, array in saved.items() if name != "generator"})
-    with pytest.raises(ValueError, match="six words"):
-        UniformDrawing(3, seed=0).load_state({})
-
-
-def test_drawing_names_what_is_wrong() -> None:
-    tracker = trained_tracker()
-    with pytest.raises(ValueError, match="floor is 2"):
-        pass_rate_drawing(tracker, floor=2.0)
-    with pytest.raises(ValueError, match="sharpness is -1"):
-        pass_rate_drawing(tracker, sharpness=-1.0)
-    with pytest.raises(ValueError, match="no count of passes of 8"):
-        PassRateDrawing(tracker, group_size=8, low=5, high=4, floor=0.1, seed=0)
-
-
-def test_the_settings_choose_the_drawing() -> None:
-    tracker = trained_tracker()
-
-    def probability(group_size: int, **changes: object) -> np.ndarray:
-        drawing = make_drawing(CurriculumSettings(**changes), tracker, group_size=group_size, seed=0)  # type: ignore[arg-type]
-        assert isinstance(drawing, PassRateDrawing)
-        return drawing.probability()
-
-    def expected(size: int, low: int, high: int) -> np.ndarray:
-        return band_probability(*tracker.posterior(), size=size, low=low, high=high)
-
-    assert isinstance(make_drawing(CurriculumSettings(draw="uniform"), tracker, group_size=8, seed=0), UniformDrawing)
-    np.testing.assert_array_equal(probability(16), expected(16, 4, 12))
-    np.testing.assert_array_equal(probability(16, filter="none"), expected(16, 4, 12))
-    np.testing.assert_array_equal(probability(8, low=0.0, high=1.0), expected(8, 1, 7))
-    np.testing.assert_array_equal(probability(3, low=0.4, high=0.6, filter="none"), expected(3, 1, 2))
-    np.testing.assert_array_equal(probability(1), expected(2, 1, 1))
-
-
-def test_drawing_by_pass_rate_wastes_less_and_the_tracker_keeps_up_with_exact_bayes() -> None:
-    """The population of `tests/benchmarks/curriculum.py`, a tenth of it: each task as often, its drift between times the same."""
-    small = {"tasks": 1_000, "groups": 20_000, "drift": 0.1 * 10**0.5}
-    alike, by_rate = (simulate(kind, **small) for kind in ("uniform", "pass_rate"))  # type: ignore[arg-type]
-    assert by_rate["waste"] < 0.75 * alike["waste"]
-    for found in (alike, by_rate):
-        assert found["brier_rates"] < found["brier_exact"] < found["brier"] < 1.1 * found["brier_exact"]
+def test_settings_that_cannot_run_together_are_named() -> None:
+    assert not list(CurriculumSettings().conflicts(group_size=8))
+    assert not list(EpisodeCurriculumSettings(draw="mine:Own", kwargs={"power": 2.0}).conflicts(group_size=8))
+    for chosen, message in (
+        (CurriculumSettings(low=0.8, high=0.2, filter="none"), "must not exceed"),
+        (CurriculumSettings(low=0.4, high=0.6), "keeps no group: with groups of 3"),
+        (CurriculumSettings(kwargs={"power": 2.0}, filter="none"), "band takes none"),
+        (CurriculumSettings(draw="learning_progress", discount=1.0, filter="none"), "below 1"),
+    ):
+        (found,) = chosen.conflicts(group_size=3)
+        assert message in found

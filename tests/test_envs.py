@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import envpool
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from actors.envs import EnvError, EnvStep, VectorEnv, check_env, make_env
 from actors.gymnasium_env import MAX_FAILURES
 from actors.spaces import lane_seeds
-from configs.schema import EnvSettings, Scalar
+from configs.schema import EnvSettings
 from replay.schema import Field
 
 OWN = "tests.envs_for_tests:"
@@ -131,7 +132,7 @@ def test_a_finished_lane_resets_on_the_next_call(backend: str) -> None:
 
 def test_terminated_and_truncated() -> None:
     """A step limit truncates, a fall terminates, both at once terminates."""
-    cases: tuple[tuple[dict[str, Scalar], tuple[bool, bool]], ...] = (
+    cases: tuple[tuple[dict[str, Any], tuple[bool, bool]], ...] = (
         ({"terminate_at": 3}, (True, False)),
         ({"truncate_at": 3}, (False, True)),
         ({"terminate_at": 3, "truncate_at": 3}, (True, False)),

@@ -11,11 +11,13 @@ import pytest
 from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
+from actors.env_tasks import EnvTask
 from actors.envs import EnvError
-from actors.evaluate import MAX_FRAMES, MAX_LANES, Evaluator, evaluate, record
+from actors.evaluate import MAX_FRAMES, MAX_LANES, Evaluator, TaskEvaluator, evaluate, record
 from actors.protocol import Observation
 from actors.spaces import lane_seeds
-from configs.schema import EnvSettings, Scalar
+from actors.task_set import TaskSet
+from configs.schema import EnvSettings, EnvTasksSettings
 from learners.policy import Lanes
 
 OWN = "tests.envs_for_tests:"
@@ -72,9 +74,59 @@ def test_evaluator_repeats_itself(backend: str) -> None:
 
 
 def test_broken_episodes_are_not_scored() -> None:
-    kwargs: dict[str, Scalar] = {"terminate_at": 4, "raise_at": 2}
+    kwargs: dict[str, Any] = {"terminate_at": 4, "raise_at": 2}
     settings = EnvSettings(id=OWN + "make_counter", kwargs=kwargs)
     assert evaluate(settings, Still((0.0, 0.0)), episodes=70, seed=0) == [10.0] * 70
+
+
+def test_tasks_one_after_another() -> None:
+    """Each task's episodes by its own rule, in the order asked for, alike at every evaluation and whatever the list."""
+    pendulum: dict[str, Any] = {"max_episode_steps": 30}
+    tasks = TaskSet(
+        [
+            EnvTask("Pendulum-v1", pendulum, "p", "all", 0, threshold=-100.0),
+            EnvTask("Pendulum-v1", {"max_episode_steps": 5}, "q", "all", 1),
+            EnvTask(
+                "tests.test_task_env:make_level", {"level": 2, "length": 4, "wins_at": 2}, "w", "all", 2, None, "won"
+            ),
+            EnvTask("tests.test_task_env:make_level", {"level": 2, "length": 4, "raises_at": 3}, "r", "all", 3, 8.0),
+        ]
+    )
+    env, settings = EnvSettings(), EnvTasksSettings(encoding="one_hot", pad=True)
+
+    class Telling(Still):
+        """Remembers which tasks it was told of."""
+
+        def __init__(self) -> None:
+            super().__init__(np.zeros(2))
+            self.told: list[int] = []
+
+        def act(self, observation: Observation, *args: Any, **kwargs: Any) -> NDArray[Any]:
+            self.told += observation["observation/task"].argmax(1).tolist()
+            return super().act(observation, *args, **kwargs)
+
+    policy = Telling()
+    evaluator = TaskEvaluator(env, settings, tasks, [3, 0, 2, 1], episodes=3, seed=5)
+    results = evaluator.run(policy)
+    assert policy.told == sorted(policy.told, key=[3, 0, 2, 1].index)
+    assert set(policy.told) == {0, 1, 2, 3}
+    assert evaluator.run(policy) == results
+    evaluator.close()
+    assert [r.number for r in results] == [3, 0, 2, 1]
+    assert (results[0].returns, results[0].successes) == ([8.0] * 3, [True] * 3)
+    assert len(set(results[1].returns)) == 3
+    assert results[1].successes == [value >= -100.0 for value in results[1].returns]
+    assert (results[2].returns, results[2].successes) == (
+        [8.0] * 3,
+        [True] * 3,
+    )  # the first episode of each of three lanes
+    assert results[3].successes is None
+    alone = TaskEvaluator(env, settings, tasks, [0], episodes=3, seed=5)
+    assert alone.run(policy) == [results[1]]
+    alone.close()
+    # With one task the episodes are those of its environment under the plain evaluator with the pool's seed.
+    seed = int(np.random.SeedSequence(5).spawn(1)[0].generate_state(1)[0])
+    assert results[1].returns == evaluate(EnvSettings(kwargs=pendulum), Still(), episodes=3, seed=seed)
 
 
 def test_recording(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from actors.llm import arithmetic, countdown
 from actors.llm.expressions import MOST_CHARACTERS, MOST_DEPTH, ExpressionError, parse
-from actors.llm.tasks import Task, TaskError, TaskSet, make_tasks
+from actors.llm.tasks import Task, TaskError, make_tasks
+from actors.task_set import TaskSet
 from configs.llm import TasksSettings
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -244,7 +245,7 @@ def test_no_puzzle_is_held_out_that_is_learnt_from_in_another_order() -> None:
     for kwargs in ({"low": 2, "high": 5, "largest": 30, "largest_target": 99}, {"largest": 12}):
         train, held = make_tasks(TasksSettings(kwargs=kwargs, count=1200), seed=3, held_out=200)
 
-        def puzzles(tasks: TaskSet) -> set[tuple[tuple[int, ...], int]]:
+        def puzzles(tasks: TaskSet[Task]) -> set[tuple[tuple[int, ...], int]]:
             return {(tuple(sorted(task.data["numbers"])), task.data["target"]) for task in tasks}
 
         assert len(puzzles(train)) == 1200
@@ -273,7 +274,7 @@ def test_arithmetic() -> None:
             arithmetic.generate(1, 0, **kwargs)  # type: ignore[arg-type]
 
 
-def tasks_of(source: str, held_out: int = 0, seed: int = 0, **more: Any) -> tuple[TaskSet, TaskSet]:
+def tasks_of(source: str, held_out: int = 0, seed: int = 0, **more: Any) -> tuple[TaskSet[Task], TaskSet[Task]]:
     return make_tasks(TasksSettings(source=source, **more), seed=seed, held_out=held_out)
 
 

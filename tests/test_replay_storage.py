@@ -468,8 +468,9 @@ def test_a_batch_cut_short_by_a_crash_is_applied_once_when_it_is_sent_again(
     histories = st.lists(st.lists(pieces, min_size=1, max_size=4), min_size=1, max_size=12)
 
     @settings(max_examples=40)
-    @given(st.integers(1, 12), st.booleans(), st.booleans(), histories)
-    def check(passing: int, frames: bool, drops: bool, batches: list[list[Piece]]) -> None:
+    @given(st.integers(1, 12), st.booleans(), st.booleans(), histories, st.sampled_from((0, 1, 6, 30, 80)))
+    def check(passing: int, frames: bool, drops: bool, batches: list[list[Piece]], between: int) -> None:
+        """`between`: steps that the other writer writes between the crash and the retry."""
         nonlocal crashes
         tables = (TableSpec("all"), TableSpec("some", stride=2, max_size=1000 if drops else None))
         killing.setattr(faults, "wanted", lambda points: (points.index(point) + 1, passing))
@@ -483,6 +484,8 @@ def test_a_batch_cut_short_by_a_crash_is_applied_once_when_it_is_sent_again(
                 except Killed:
                     crashes += 1
                     recover(recorder)
+                    if between:
+                        recorder.write(Piece(1 - writer, 0, between))
                     if recorder.storage.last_sequence(recorder.slot(writer)) < recorder.sequence(writer):
                         recorder.apply(writer, lanes, steps)
                     else:
@@ -574,6 +577,35 @@ def test_a_lane_whose_newest_step_was_overwritten_after_a_crash_goes_on_alone(ki
     linked = sorted(written.rows["policy_version"][written.flags & kernels.LINKED != 0].tolist())
     assert linked == sorted([*others, 5, 6])
     assert min(others) > 1000
+    # The step that was overwritten counts as inserted once it has a successor, as do those overwritten later.
+    assert written.inserted(0) == closed.inserted(0) + 3
+
+
+def test_a_step_overwritten_before_its_successor_came_is_inserted_and_deleted_at_once(
+    killing: pytest.MonkeyPatch,
+) -> None:
+    tables = (TableSpec("all"), TableSpec("some", stride=2), TableSpec("few", stride=3))
+    shard = make_shard(capacity=16, segment_steps=4, tables=tables)
+    for name in ("late", "other"):
+        shard.connect(name)
+    lane = np.zeros(4, np.int32)
+    assert shard.insert("late", 0, lane, numbered(4), timeout_s=0.0)  # a full segment
+    shard._storage._fault[:] = kernels.SEGMENT_TAKEN, 1
+    with pytest.raises(Killed):
+        shard.insert("late", 1, lane, numbered(4, 4), timeout_s=0.0)
+    for sequence in range(8):
+        assert shard.insert("other", sequence, lane, numbered(4, 100 + 4 * sequence), timeout_s=0.0)
+    assert 3 not in shard._storage.rows["policy_version"]
+    assert shard.insert("late", 1, lane, numbered(4, 4), timeout_s=0.0)
+    for name in ("late", "other"):
+        shard.end_writer(name)
+    for table in shard.tables.values():
+        limiter = table.limiter
+        assert isinstance(limiter, RateLimiter)
+        # Each lane's steps but the last one, at the stride: what the limiter was asked for.
+        assert table.inserted == sum(len(range(0, count - 1, table.spec.stride)) for count in (8, 32))
+        assert limiter.inserted == table.inserted
+        assert limiter.removed == table.inserted - table.items
 
 
 def test_a_damaged_or_foreign_file_is_refused() -> None:

@@ -17,7 +17,7 @@ from actors.envs import make_env
 from actors.protocol import Observation
 from actors.rollout import Rollout
 from actors.spaces import lane_seeds
-from configs.schema import EnvSettings, Scalar
+from configs.schema import EnvSettings
 from learners.policy import Lanes
 from replay.process import ShardProcess
 from replay.schema import StepSchema
@@ -221,7 +221,7 @@ def test_rows_do_not_wait_longer_than_asked() -> None:
 
 def test_a_broken_episode_ends_in_its_last_known_observation() -> None:
     """Truncated, void, counted, and in no episode's return."""
-    kwargs: dict[str, Scalar] = {"terminate_at": 3, "raise_at": 2}
+    kwargs: dict[str, Any] = {"terminate_at": 3, "raise_at": 2}
     env = make_env(EnvSettings(id=OWN + "make_counter", kwargs=kwargs), num_envs=2, seed=0)
     sink = Sink()
     rollout = Rollout(env, Linear(env.schema), sink, **ROOM)

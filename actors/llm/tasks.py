@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
-import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
+
+from actors.task_set import TaskError, TaskSet, from_json, import_generator, is_file, is_generator, key_of, read_rows
 
 if TYPE_CHECKING:  # verifier processes import this module, and should start at once
     from configs.llm import TasksSettings
 
+__all__ = ["Task", "TaskError", "distinct_tasks", "make_tasks"]
+
 GENERATORS = {"countdown": "actors.llm.countdown:generate", "arithmetic": "actors.llm.arithmetic:generate"}
 ONE_IN_HELD_OUT = 4  # of a file's prompts, those that may be held out
 MOST_REPEATS = 3000  # draws in a row without a new prompt, after which a kind of task counts as used up
-
-
-class TaskError(ValueError):
-    """Tasks that cannot be generated or read."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,7 @@ class Task:
     @cached_property
     def key(self) -> int:
         """63 bits that follow from the prompt and its data alone: the same in every run and process."""
-        return _hash(self.prompt + "\0" + json.dumps(self.data, sort_keys=True, separators=(",", ":")))
-
-
-def _hash(text: str) -> int:
-    # A surrogate that came in by JSON's \ud800 has no UTF-8.
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+        return key_of(self.prompt + "\0" + json.dumps(self.data, sort_keys=True, separators=(",", ":")))
 
 
 def distinct_tasks(
@@ -82,37 +73,7 @@ def distinct_tasks(
     return tasks
 
 
-class TaskSet(Sequence[Task]):
-    """Tasks with distinct prompts; the position of each is its number."""
-
-    def __init__(self, tasks: Iterable[Task]) -> None:
-        self._tasks = list(tasks)
-        numbers: dict[str, list[int]] = {}
-        for number, task in enumerate(self._tasks):
-            numbers.setdefault(task.family, []).append(number)
-        self._numbers = dict(sorted(numbers.items()))
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    @overload
-    def __getitem__(self, index: int) -> Task: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Task]: ...
-    def __getitem__(self, index: int | slice) -> Task | list[Task]:
-        return self._tasks[index]
-
-    @property
-    def families(self) -> tuple[str, ...]:
-        """The families' names, sorted."""
-        return tuple(self._numbers)
-
-    def of(self, family: str) -> list[int]:
-        """Numbers of the tasks of one family."""
-        return self._numbers[family]
-
-
-def make_tasks(settings: TasksSettings, *, seed: int, held_out: int) -> tuple[TaskSet, TaskSet]:
+def make_tasks(settings: TasksSettings, *, seed: int, held_out: int) -> tuple[TaskSet[Task], TaskSet[Task]]:
     """The run's tasks: `settings.count` to learn from, and `held_out` with other prompts.
 
     Of a generator, the first `held_out` tasks are held out, so that they stay the same when `settings.count` changes; generators
@@ -133,11 +94,11 @@ def make_tasks(settings: TasksSettings, *, seed: int, held_out: int) -> tuple[Ta
         TaskError: the source does not exist, or a task of it is not one; names the line.
     """
     name = GENERATORS.get(settings.source, settings.source)
-    if name.endswith((".jsonl", ".parquet")):
+    if is_file(name):
         if settings.kwargs:
             raise TaskError(f"tasks.kwargs are a generator's; the file {name} takes none, received {settings.kwargs}")
-        return _split(_from_file(Path(name)), settings, held_out)
-    if not _GENERATOR.fullmatch(name):
+        return _split((_task(row, where) for where, row in read_rows(Path(name))), settings, held_out)
+    if not is_generator(name):
         raise TaskError(
             f"tasks.source must be {', '.join(GENERATORS)}, a .jsonl or .parquet file, or package.module:function, received "
             f"{settings.source!r}"
@@ -152,15 +113,8 @@ def make_tasks(settings: TasksSettings, *, seed: int, held_out: int) -> tuple[Ta
     return TaskSet(chosen[held_out : held_out + settings.count]), TaskSet(chosen[:held_out])
 
 
-_GENERATOR = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
-
-
 def _generated(name: str, settings: TasksSettings, seed: int, count: int) -> Iterator[Task]:
-    module_name, _, function_name = name.partition(":")
-    try:
-        generate = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise TaskError(f"generator {name} cannot be imported: {error}") from error
+    generate = import_generator(name)
     try:
         found: Iterable[Any] = generate(count, seed, **settings.kwargs)
     except TypeError as error:
@@ -169,12 +123,12 @@ def _generated(name: str, settings: TasksSettings, seed: int, count: int) -> Ite
         yield task if isinstance(task, Task) else _task(task, f"generator {name}, task {number}")
 
 
-def _split(tasks: Iterable[Task], settings: TasksSettings, held_out: int) -> tuple[TaskSet, TaskSet]:
+def _split(tasks: Iterable[Task], settings: TasksSettings, held_out: int) -> tuple[TaskSet[Task], TaskSet[Task]]:
     """Task by task, so that what comes later changes nothing for those before it."""
     training: list[Task] = []
     held: list[Task] = []
     for task in _distinct(tasks):
-        if len(held) < held_out and _hash(task.prompt) % ONE_IN_HELD_OUT == 0:
+        if len(held) < held_out and key_of(task.prompt) % ONE_IN_HELD_OUT == 0:
             held.append(task)
         elif len(training) < settings.count:
             training.append(task)
@@ -204,42 +158,6 @@ def _with_verifier(task: Task, settings: TasksSettings, where: str) -> Task:
     return task
 
 
-def _from_file(path: Path) -> Iterator[Task]:
-    if not path.is_file():
-        raise TaskError(f"tasks.source: there is no file {path} (in {Path.cwd()})")
-    if path.suffix == ".parquet":
-        yield from _from_parquet(path)
-        return
-    with path.open(encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _task(_json(line, f"{path}, line {number}"), f"{path}, line {number}")
-        except UnicodeDecodeError as error:
-            raise TaskError(f"{path}: expected UTF-8 text: {error}") from error
-
-
-def _from_parquet(path: Path) -> Iterator[Task]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=4096):
-            for row in batch.to_pylist():
-                number += 1
-                yield _task({key: value for key, value in row.items() if value is not None}, f"{path}, row {number}")
-    except (pa.ArrowException, OSError) as error:
-        raise TaskError(f"{path}: expected a Parquet file: {error}") from error
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TaskError(f"{where}: expected a JSON object: {error}") from error
-
-
 def _task(row: object, where: str) -> Task:
     """A task of a file's row or of what a generator gave."""
     if not isinstance(row, Mapping):
@@ -252,7 +170,7 @@ def _task(row: object, where: str) -> Task:
             raise TaskError(f"{where}: {name} must be text, received {value!r}")
     data = row.get("data")
     if isinstance(data, str):
-        data = _json(data, f"{where}, data")
+        data = from_json(data, f"{where}, data")
     if data is not None and not isinstance(data, Mapping):
         raise TaskError(f"{where}: data must be an object, received {data!r}")
     more = {key: value for key, value in row.items() if key not in ("data", *texts)}

@@ -132,7 +132,7 @@ class Waste:
 
     @property
     def share(self) -> float:
-        """Share of the sampled tokens that was thrown away; 0 before there are any."""
+        """Share of the units sampled that was thrown away; 0 before there are any."""
         sampled = self.sampled.units
         return self.wasted.units / sampled if sampled else 0.0
 
@@ -142,13 +142,13 @@ class Waste:
         for reason in REASONS:
             self.rejected[reason] += other.rejected[reason]
 
-    def metrics(self) -> dict[str, float]:
-        """Totals and shares under `waste/`: tokens, completions and groups sampled, and the share of tokens by reason."""
+    def metrics(self, *, attempts: str = "completions", units: str = "tokens") -> dict[str, float]:
+        """Totals and shares under `waste/`: units, attempts (by these names) and groups sampled, and the share of units by reason."""
         sampled = self.sampled
         found = {
             "waste/share": self.share,
-            "waste/sampled_tokens": float(sampled.units),
-            "waste/sampled_completions": float(sampled.attempts),
+            f"waste/sampled_{units}": float(sampled.units),
+            f"waste/sampled_{attempts}": float(sampled.attempts),
             "waste/sampled_groups": float(sampled.groups),
             "waste/kept_groups": float(self.kept.groups),
         }
@@ -157,7 +157,7 @@ class Waste:
         return found
 
     def state(self) -> dict[str, list[int]]:
-        """The counts, fit for JSON: groups, completions and tokens of what was kept, and of each reason."""
+        """The counts, fit for JSON: groups, attempts and units of what was kept, and of each reason."""
         rows = [("kept", self.kept), *self.rejected.items()]
         return {name: [amount.groups, amount.attempts, amount.units] for name, amount in rows}
 

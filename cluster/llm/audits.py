@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from actors.llm.tasks import TaskSet
+from actors.llm.tasks import Task
 from actors.llm.verifiers.audit import Audit, audit, labelled_sample, read_labelled
+from actors.task_set import TaskSet
 from configs.llm import TasksSettings
 
 AUDITED = 200  # completions that are generated for a built-in verifier
@@ -31,7 +32,7 @@ def audit_text(verifier: str, found: Audit) -> str:
     )
 
 
-def audits(settings: TasksSettings, tasks: TaskSet) -> Iterator[tuple[str, str]]:
+def audits(settings: TasksSettings, tasks: TaskSet[Task]) -> Iterator[tuple[str, str]]:
     """For every verifier of the prompts: the kind of event, and the line that tells of it."""
     for verifier in sorted({task.verifier for task in tasks}):
         if settings.labelled is None and verifier not in BUILT_IN:

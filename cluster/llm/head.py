@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from textwrap import shorten
 from typing import Any, ClassVar
 
 from cluster.books import Books, CommonCounts, Moment, Stats
+from cluster.curriculum.forgetting import Forgetting
 from configs.llm import LlmConfig
 
 # Counter of an actor's status → field of the counts.
@@ -28,6 +29,7 @@ _ACTOR_COUNTS = (
     "cut_off",
     "failed",
 )
+_BY_FAMILY = "/pass_at_1"  # ends the names of what an evaluation says of families
 _REASON = 300  # most characters of a verifier's failure that are told
 BARREN_BATCHES = 10  # learner steps' worth of groups that end with none kept before that is told
 _REMEDIES = {
@@ -128,6 +130,10 @@ class LlmHead(Books):
         counts = LlmCounts() if state is None else LlmCounts(**state["counts"])
         super().__init__(config, counts, wall_started=wall_started, state=state)
         self.first: dict[str, float] = {} if state is None else dict(state["first"])
+        self._forgetting = Forgetting()
+        if state is not None and "forgetting" in state:
+            self._forgetting.load_state(state["forgetting"])
+        self._changes = 0  # of the curriculum
         self._first_asked = False
         self._before = self._work_done()
         self._new_tokens = 0  # sampled between the last two ticks
@@ -176,6 +182,7 @@ class LlmHead(Books):
 
     def _row(self, tick: Moment) -> dict[str, float]:
         assert isinstance(tick, LlmTick)
+        self._changes = int(tick.desk.get("curriculum/changes", self._changes))
         counts = self.counts
         row = {
             "waiting_groups": _sum(tick.shards, "waiting_groups"),
@@ -252,6 +259,14 @@ class LlmHead(Books):
         """As `Books.evaluated`; the first of a run is kept to be compared with the last."""
         if not self.first:
             self.first = dict(evaluation.figures)
+        by_family = {
+            name.removesuffix(_BY_FAMILY): value
+            for name, value in evaluation.figures.items()
+            if name.endswith(_BY_FAMILY) and math.isfinite(value)
+        }
+        if by_family:
+            drop, _ = self._forgetting.evaluated(by_family, changes=self._changes)
+            evaluation = replace(evaluation, figures={**evaluation.figures, "worst_drop": drop})
         before = self.best
         is_best = super().evaluated(evaluation)
         if math.isfinite(evaluation.score):
@@ -283,7 +298,7 @@ class LlmHead(Books):
     # ------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "first": self.first}
+        return {**super().state(), "first": self.first, "forgetting": self._forgetting.state()}
 
     def summary(self, *, stop_reason: str) -> dict[str, Any]:
         """How the run ended."""

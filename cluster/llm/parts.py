@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.assignments import Assignment
-from actors.llm.tasks import Task, TaskSet, make_tasks
+from actors.llm.tasks import Task, make_tasks
+from actors.task_set import TaskSet
 from cluster.checkpoint import load_tensors, save_tensors
 from cluster.curriculum.filter import GroupFilter
-from cluster.files import read_json, write_json
-from cluster.llm.desk import Desk
+from cluster.llm.desk import PromptDesk
 from configs.llm import LlmConfig
 from learners.llm.rows import SCHEMA, TABLE
 from replay.queue_spec import QueueSpec
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from replay.queues import Queue
 
 FIRST_VERSION = 1  # 0 stands for no weights yet
-DESK, TRACKER = "desk.json", "tracker.safetensors"
 _TOKEN_BYTES = 16  # of the queue for a token: its number, its log-probability, the share kept of it, its version
 _ROW_BYTES = 200  # for everything else of a completion, about
 _GROUP_BYTES = 384  # that a queue counts for each delivery of a group
@@ -156,13 +155,13 @@ def _check_device(setting: str, device: str) -> None:
 
 
 @lru_cache(maxsize=2)
-def _tasks(settings: str, seed: int, held_out: int) -> tuple[TaskSet, TaskSet]:
+def _tasks(settings: str, seed: int, held_out: int) -> tuple[TaskSet[Task], TaskSet[Task]]:
     from configs.llm import TasksSettings
 
     return make_tasks(TasksSettings.model_validate_json(settings), seed=seed, held_out=held_out)
 
 
-def tasks_of(config: LlmConfig) -> tuple[TaskSet, TaskSet]:
+def tasks_of(config: LlmConfig) -> tuple[TaskSet[Task], TaskSet[Task]]:
     """The prompts to train on, and the held-out ones."""
     return _tasks(config.tasks.model_dump_json(), seed_of(config, "tasks"), config.eval.prompts)
 
@@ -174,19 +173,9 @@ def group_filter(config: LlmConfig) -> GroupFilter:
     return GroupFilter(low, high, config.sampling.group_size)
 
 
-def make_desk(config: LlmConfig, checkpoint: Path | None) -> Desk:
-    """The head's desk, as a checkpoint has left it where one is given."""
-    desk = Desk(config, tasks_of(config)[0], seed=seed_of(config, "desk"))
-    if checkpoint is not None and (checkpoint / DESK).exists():
-        desk.load_state(read_json(checkpoint / DESK), load_tensors(checkpoint / TRACKER)[0])
-    return desk
-
-
-def save_desk(desk: Desk, checkpoint: Path) -> None:
-    """Write the desk's part of a checkpoint."""
-    about, arrays = desk.state()
-    write_json(checkpoint / DESK, about)
-    save_tensors(checkpoint / TRACKER, arrays)
+def make_desk(config: LlmConfig) -> PromptDesk:
+    """The head's desk, with an empty record."""
+    return PromptDesk(config, tasks_of(config)[0], seed=seed_of(config, "desk"))
 
 
 def queue_spec(config: LlmConfig) -> QueueSpec:

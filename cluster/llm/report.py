@@ -30,6 +30,7 @@ from cluster.page import (
     write_page,
 )
 from cluster.runs import RunFolder
+from cluster.task_report import curriculum_maps, percent, waste_charts
 from configs.llm import LlmConfig
 
 _MOST_EXAMPLES = 12
@@ -76,6 +77,7 @@ def write_report(run_folder: Path) -> Path:
         charts_html(_pass_charts(config, curves), "No evaluation had ended when the metrics were last written."),
         *_family_section(curves),
         "<h2>Training prompts and difficulty</h2>",
+        curriculum_maps(curves, "family", "updates", "learner steps"),
         charts_html(_curriculum_charts(curves), "No group had ended when the metrics were last written."),
         "<h2>Policy</h2>",
         charts_html(_policy_charts(curves), "No update had been made when the metrics were last written."),
@@ -121,7 +123,7 @@ def _summary(config: LlmConfig, facts: Mapping[str, Any], curves: Curves) -> str
             f"<b>{number(curves.total('samples'))}</b>, {number(curves.total('sampled_tokens'))} tokens",
         ),
         ("Groups kept", f"<b>{number(kept)}</b> of {number(groups)}"),
-        ("Tokens wasted", f"<b>{_percent(curves.last('waste/share'))}</b>"),
+        ("Tokens wasted", f"<b>{percent(curves.last('waste/share'))}</b>"),
         ("Completions nobody could judge", f"<b>{number(curves.total('unscored'))}</b>"),
         *_failed(curves),
         ("Seed", f"<b>{config.seed}</b>"),
@@ -130,10 +132,6 @@ def _summary(config: LlmConfig, facts: Mapping[str, Any], curves: Curves) -> str
         ("Machine", machine_text(facts)),
     )
     return fact_list(pairs)
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{number(100 * share, 1)} %"
 
 
 def _failed(curves: Curves) -> Iterator[tuple[str, str]]:
@@ -218,11 +216,11 @@ def _family_section(curves: Curves) -> Iterator[str]:
             for value in (values[0], values[-1]) if len(values) else (None, None):
                 cells += f'<td class="number">{number(value, 3)}</td>'
         predicted, drawn = (curves.last(f"family/{family}/{name}") for name in ("pass_rate", "drawn"))
-        cells += f'<td class="number">{number(predicted, 3)}</td><td class="number">{_percent(drawn)}</td>'
+        cells += f'<td class="number">{number(predicted, 3)}</td><td class="number">{percent(drawn)}</td>'
         rows += f"<tr><td>{escape(family)}</td>{cells}</tr>"
     yield (
         f'<div class="scroll"><table><thead><tr><th>family</th>{head}<th class="number">predicted for training</th>'
-        f'<th class="number">share of the groups drawn</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<th class="number">share of the latest draws</th></tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 
@@ -238,29 +236,9 @@ def _family_charts(curves: Curves) -> Iterator[Chart]:
 
 
 def _curriculum_charts(curves: Curves) -> Iterator[Chart]:
-    for title, unit, suffix in (
-        ("Predicted pass rate by family", "pass rate", "/pass_rate"),
-        ("What was drawn", "share of the groups drawn so far", "/drawn"),
-    ):
-        families = _families(curves, "family/", suffix)
-        if len(families) <= len(_COLOURS):
-            names = {f: (f"family/{f}{suffix}", colour) for f, colour in zip(families, _COLOURS, strict=False)}
-            yield from together(curves, title, unit, names, from_zero=True)
     share = {"from_zero": True, "scale": 100.0}
     yield from over_time(curves, "Groups kept by the filter", "% of the groups so far", "kept_share", **share)
-    yield from together(
-        curves,
-        "Tokens thrown away, and why",
-        "share of the tokens sampled so far",
-        {
-            "in all": ("waste/share", "blue"),
-            "too hard": ("waste/too_hard", "orange"),
-            "too easy": ("waste/too_easy", "green"),
-            "too old": ("waste/stale", "purple"),
-            "nobody could judge": ("waste/unscored", "faint"),
-        },
-        from_zero=True,
-    )
+    yield from waste_charts(curves, "tokens")
 
 
 def _policy_charts(curves: Curves) -> Iterator[Chart]:

@@ -16,6 +16,7 @@ from typing import Any
 from actors.assignments import Assignment
 from actors.llm.tasks import Task
 from cluster.checkpoint import Checkpoint
+from cluster.curriculum.desk_files import load_desk, save_desk
 from cluster.files import read_json
 from cluster.llm import parts
 from cluster.llm.audits import audits
@@ -80,7 +81,10 @@ class LlmSyncRun:
 
     def _assemble(self) -> None:
         config, resume = self._config, self._resume
-        self._desk = parts.make_desk(config, resume)
+        self._desk = parts.make_desk(config)
+        load_desk(self._desk, resume)
+        self._actor = f"{ACTOR} of {self._head.counts.incarnation}"  # each process counts its outcomes from 0
+        self._reported = 0
         for kind, line in audits(config.tasks, parts.tasks_of(config)[0]):
             self._recorder.event(kind, line)
         model = parts.make_model(config, device=config.learners.device)
@@ -107,7 +111,7 @@ class LlmSyncRun:
         self._recorder.event("start", text)
 
     def _ask(self, count: int) -> Sequence[Assignment[Task]]:
-        return self._desk.take(ACTOR, count)
+        return self._desk.take(self._actor, count)
 
     def _take_weights(self, version: int, data: bytes) -> None:
         self._version = version
@@ -174,7 +178,7 @@ class LlmSyncRun:
                     return True
             if self._rollout.step() and self._first is None:
                 self._first = time.monotonic()
-            self._desk.record(self._rollout.take_outcomes())
+            self._reported = self._desk.report(self._actor, self._reported, self._rollout.take_outcomes())
         return False
 
     def _tick(self, *, ending: bool = False, evaluating: bool = False) -> None:
@@ -227,7 +231,7 @@ class LlmSyncRun:
         self._recorder.checkpoint(
             save_learner=lambda path: parts.save_learner(path, self._learner, version=self._version),
             save_shards=lambda path, _before: [parts.save_shard(self._queue, path, index=0)],
-            save_more=lambda path: parts.save_desk(self._desk, path),
+            save_more=lambda path: save_desk(self._desk, path),
             policy=self._learner.policy_bytes(),
             evaluation=evaluation,
         )

@@ -1,0 +1,61 @@
+"""What the head knows, on disk while the run goes on: a killed head is started again, and goes on from there.
+
+`<run folder>/head.json` is one moment, replaced whole at every look at the processes. It need not be the newest one: counters
+are those of that moment together with what each process told then, so what happened since is the difference to what it tells
+now, and counts once.
+
+The file survives the process. It is not synced to disk, for where the machine is lost so are the processes it is about.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.files import read_json
+
+STATE = "head.json"
+
+
+def read_head_state(run: Path, wall_started: float) -> dict[str, Any] | None:
+    """What the head that was started by the same command has left in the folder of the run; None where there was none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not (run / STATE).exists():
+        return None
+    state: dict[str, Any] = read_json(run / STATE)
+    return state if state["wall_started"] == wall_started else None
+
+
+class HeadStateFile:
+    """Keeps the newest state of the head; a disk that takes none is told of once, and ends no run."""
+
+    def __init__(self, run: Path, *, tell: Callable[[str], object]) -> None:
+        """
+        run: folder of the run.
+        tell: takes a line about a disk that takes no state.
+        """
+        self._path = run / STATE
+        self._tell = tell
+        self._has_failed = False
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Put `state`, which JSON holds but for NumPy's numbers, in the place of the one before."""
+        temporary = self._path.with_name(f".{STATE}.{os.getpid()}.tmp")
+        data = json.dumps(state, separators=(",", ":"), default=float)
+        try:
+            temporary.write_text(data, encoding="utf-8")
+            temporary.replace(self._path)
+            self._has_failed = False
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if not self._has_failed:
+                self._has_failed = True
+                self._tell(
+                    f"should the head die, it would go on from an older state, for the newest is not kept: {error}"
+                )
