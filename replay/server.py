@@ -157,9 +157,11 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
             self.damage = str(error)
             self.shard = Shard.from_spec(spec, limiters)
         if self.shard.recovered:  # what other shards have is told by `restore_limiter`
+            coming = self.shard.coming_items()
             for name, leader in self._leaders.items():
                 mine = self.shard.table(name)
-                leader.restore(inserted=mine.inserted, sampled=mine.sampled, removed=mine.inserted - mine.items)
+                asked = mine.inserted + coming[name]  # a row's insert is asked for before its successor is written
+                leader.restore(inserted=asked, sampled=mine.sampled, removed=mine.inserted - mine.items)
         self._streams: dict[str, _Stream] = {}
         self._closing = threading.Event()
         self._opened: dict[str, Queue] = {}

@@ -372,6 +372,13 @@ class Shard:
         self._storage.close_writer(known.slot)
         self._take_back(lost)  # counted as inserts to come, which they will never be
 
+    def coming_items(self) -> dict[str, int]:
+        """Items of each table that the newest rows of open lanes are yet to become; limiters count them as inserted."""
+        with self._lock:
+            slots = [known.slot for known in self._writers.values()]
+            counts = sum(map(self._storage.coming_items, slots), start=np.zeros(len(self.tables), np.int64))
+        return dict(zip(self.tables, counts.tolist(), strict=True))
+
     def _end_leases(self) -> None:
         now = time.monotonic()
         for name, known in list(self._writers.items()):

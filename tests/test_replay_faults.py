@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -650,6 +650,30 @@ def test_priorities_outlive_the_shard_and_the_same_reader_goes_on(memory: Path, 
             second.kill()
         assert priorities_left(spec, "prioritised") == pytest.approx(wanted)
         writer.close()
+
+
+def test_every_item_of_a_queue_is_drawn_though_the_shard_died_between_two_steps(memory: Path) -> None:
+    """The recovered limiter still counts the step whose successor was to come."""
+    table, limit = TableSpec("queue", "fifo", max_times_sampled=1), RateLimit.queue(100)
+    spec = replace(ROOMY, directory=str(memory), capacity=4096, tables=(table,), limits=(limit,))
+    with ShardProcess(spec) as first:
+        writer = served_writer(first)
+        writer.append(np.zeros(3, np.int32), one_episode(3))
+        writer.flush()
+        first.kill()
+        with ShardProcess(replace(spec, port=first.port), first.security, recover=True) as second:
+            writer.append(np.zeros(2, np.int32), one_episode(2, 3))
+            writer.flush()
+            assert second.stats()["tables"]["queue"]["limiter"] == {"inserted": 5, "sampled": 0, "removed": 0}
+            writer.close()  # step 4 will have none
+            wait_until(lambda: second.stats()["tables"]["queue"]["limiter"]["inserted"] == 4)
+            with closing(
+                stream_sampler(
+                    [second.address], SMALL, batch_size=1, seed=0, security=second.security, table=table, prefetch=1
+                )
+            ) as sampler:
+                drawn = [int(sampler.sample(20.0).steps["policy_version"][0, 0]) for _ in range(4)]
+            assert drawn == [0, 1, 2, 3]
 
 
 def test_an_item_in_a_recycled_place_has_nothing_of_the_one_before(memory: Path) -> None:
