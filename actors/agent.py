@@ -39,12 +39,13 @@ class Agent:
             lanes: of the vector environment.
             stack: frames that the policy sees at once.
             first_lane: number of lane 0 among all lanes of a run.
-            of: lanes of the run, 0 for these alone; with `first_lane` it gives each lane's place on the ladder of exploration.
+            of: lanes of the run, 0 for these alone; with `first_lane` it gives each lane's place on the ladder of exploration,
+                where those behind the last lane explore as little as that.
         """
         self.policy = policy
         self._chunk = policy.chunk
         self._action = schema.action
-        rank = (first_lane + np.arange(lanes)) / max(1, (of or lanes) - 1)
+        rank = np.minimum(1.0, (first_lane + np.arange(lanes)) / max(1, (of or lanes) - 1))
         self._rank: FloatArray = rank.astype(np.float32)
         self._state: FloatArray = np.zeros((lanes, policy.state_size), np.float32)
         self._frames: dict[str, NDArray[Any]] = {}

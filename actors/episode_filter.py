@@ -96,14 +96,12 @@ class EpisodeFilter:
         self._writer.flush()
 
     def close(self) -> None:
-        """As `Writer.close`; what has no verdict is dropped."""
-        try:
-            self._hand_on(None)
-        finally:
-            self._groups.clear()
-            self._order.clear()
-            self._open.clear()
-            self._writer.close()
+        """As `Writer.close`; what has not been handed on is dropped: the limiter may have no room for it, and nobody waits."""
+        self._groups.clear()
+        self._order.clear()
+        self._open.clear()
+        self._due.clear()
+        self._writer.close()
 
     @property
     def held_rows(self) -> int:

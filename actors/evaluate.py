@@ -1,4 +1,4 @@
-"""Evaluation: deterministic episodes on environments and seeds of their own."""
+"""Evaluation: episodes on environments and seeds of their own."""
 
 from __future__ import annotations
 
@@ -26,25 +26,28 @@ FRAME_MS = 40
 
 
 class Evaluator:
-    """Runs the same deterministic episodes with one policy after another.
+    """Runs the same episodes with one policy after another.
 
     Every lane plays a fixed number of episodes. Taking the first `episodes` to finish would prefer short ones.
     """
 
-    def __init__(self, settings: EnvSettings, *, episodes: int, seed: int, threads: int = 0) -> None:
+    def __init__(
+        self, settings: EnvSettings, *, episodes: int, seed: int, deterministic: bool = True, threads: int = 0
+    ) -> None:
         """Builds the environments.
 
         Args:
             settings: the environment.
             episodes: episodes in one evaluation, ≥ 1.
             seed: of the environments; every `run` begins with it again.
+            deterministic: act without noise for exploration; else as the lane that explores least.
             threads: EnvPool's threads; 0 lets EnvPool decide.
 
         Raises:
             EnvError: as `make_env`.
         """
         self._quota = _quota(episodes)
-        self._seed = seed
+        self._seed, self._deterministic = seed, deterministic
         self._id = settings.id
         self._stack = settings.stack
         self._env = make_env(settings, num_envs=len(self._quota), threads=threads, seed=seed)
@@ -55,7 +58,15 @@ class Evaluator:
         Raises:
             EnvError: an environment raises so often that the episodes cannot be finished.
         """
-        played = _play(self._env, policy, self._quota, seed=self._seed, stack=self._stack, name=self._id)
+        played = _play(
+            self._env,
+            policy,
+            self._quota,
+            seed=self._seed,
+            deterministic=self._deterministic,
+            stack=self._stack,
+            name=self._id,
+        )
         return [return_ for return_, _ in played]
 
     def close(self) -> None:
@@ -73,7 +84,7 @@ class TaskResult:
 
 
 class TaskEvaluator:
-    """Runs the same deterministic episodes of a fixed list of tasks with one policy after another.
+    """Runs the same episodes of a fixed list of tasks with one policy after another.
 
     The environments of a task are built, played and closed before the next: those of one task live at a time.
     """
@@ -87,6 +98,7 @@ class TaskEvaluator:
         *,
         episodes: int,
         seed: int,
+        deterministic: bool = True,
         threads: int = 0,
     ) -> None:
         """
@@ -104,6 +116,7 @@ class TaskEvaluator:
         """
         self._tasks, self._numbers = tasks, list(numbers)
         self._quota, self._seed, self._stack = _quota(episodes), seed, env.stack
+        self._deterministic = deterministic
         self._playing = 0  # number of the task in play
         self._env = TaskEnv(
             env,
@@ -130,7 +143,15 @@ class TaskEvaluator:
     def _run(self, policy: Policy, number: int) -> TaskResult:
         self._playing, task = number, self._tasks[number]
         try:
-            played = _play(self._env, policy, self._quota, seed=self._seed, stack=self._stack, name=task.name)
+            played = _play(
+                self._env,
+                policy,
+                self._quota,
+                seed=self._seed,
+                deterministic=self._deterministic,
+                stack=self._stack,
+                name=task.name,
+            )
         finally:
             self._env.close()
         successes = None
@@ -148,9 +169,9 @@ def _quota(episodes: int) -> NDArray[np.int64]:
 
 
 def _play(
-    env: VectorEnv, policy: Policy, quota: NDArray[np.int64], *, seed: int, stack: int, name: str
+    env: VectorEnv, policy: Policy, quota: NDArray[np.int64], *, seed: int, deterministic: bool, stack: int, name: str
 ) -> list[tuple[float, bool]]:
-    """Play the first `quota` (lanes,) deterministic episodes of each lane that do not break.
+    """Play the first `quota` (lanes,) episodes of each lane that do not break.
 
     Returns the undiscounted return of each, and whether its flag of success was true at any step, lane by lane and in time
     order within a lane.
@@ -165,7 +186,7 @@ def _play(
     success: BoolArray = np.zeros(lanes, np.bool_)
     missing = quota.copy()
     broken = 0
-    agent = Agent(policy, env.schema, lanes, stack=stack)
+    agent = Agent(policy, env.schema, lanes, stack=stack, first_lane=lanes)
     env.start()
     while missing.any():
         result = env.recv()
@@ -184,7 +205,7 @@ def _play(
         if broken > 10 * quota.sum():
             raise EnvError(f"environment {name!r} raised in {broken} episodes of one evaluation")
         agent.observe(result)
-        env.send(agent.act(result, deterministic=True, generator=generator).action, ids)
+        env.send(agent.act(result, deterministic=deterministic, generator=generator).action, ids)
     return [episode for lane in played for episode in lane]
 
 

@@ -238,6 +238,8 @@ def _draw(figure: Any, chart: Chart, heading: str | None = None) -> None:
         axes.axhline(level, color=COLOURS["faint"], linewidth=1, linestyle=(0, (4, 3)))
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "left"}
         axes.annotate(name, (0, level), (4, 3), fontsize=8, color=COLOURS["faint"], **place)
+    if chart.levels:  # a level between the highest point and the margin above it would leave its name no room
+        axes.autoscale_view(scalex=False)
     if chart.log:
         axes.set_yscale("log")
     else:

@@ -42,7 +42,7 @@ millrace: distributed actor-learner system for online reinforcement learning
   millrace bench curves [--only PATTERN] [--seeds 3] [--jobs 2] [--folder DIR] [--plot-only] [--save] [--json]
   millrace bench llm [--seconds S] [--only PATTERN] [--save] [--json]
   millrace bench difficulty [--subject difficulty|staleness] [--seeds 3] [--updates 200] [--jobs 2] [--save] [--json]
-  millrace bench curriculum [--groups N] [--json]
+  millrace bench curriculum [--tasks N] [--groups N] [--seeds 3] [--save] [--json]
   millrace clean [--directory DIR] [--yes] [--json]                     list (--yes: remove) storage of dead runs
 
 CONFIG is a YAML file; those that come with Millrace can be named by their short names, such as pendulum_sac.
@@ -149,6 +149,8 @@ def _outcome(kind: str, summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"{first}last: pass@1 {summary['pass_at_1']:.3f}, greedy {summary['greedy']:.3f}"
         yield f"evaluations took {summary['eval_s']:.1f} s"
     if kind != "llm" and summary["mean_return"] is not None:
+        if "success" in summary:
+            yield f"last evaluation: success {summary['success']:.2f}, worst drop {summary['worst_drop']:.2f}"
         yield f"last evaluation: mean return {summary['mean_return']:.1f} ± {summary['std_return']:.1f}"
         yield f"evaluations took {summary['eval_s']:.1f} s, left out of the {summary['steps_per_s'] or 0:.0f} steps/s"
 

@@ -30,12 +30,20 @@ class Evaluating:
         self._policy = policy
         self._plain: Evaluator | None = None
         if tasks is None:
-            self._plain = Evaluator(config.env, episodes=settings.episodes, seed=settings.seed)
+            self._plain = Evaluator(
+                config.env, episodes=settings.episodes, seed=settings.seed, deterministic=settings.deterministic
+            )
             return
         numbers = evaluated_tasks(len(tasks), settings.tasks)
         self._names = [tasks[number].name for number in numbers]
         self._by_task = TaskEvaluator(
-            config.env, config.tasks, tasks, numbers, episodes=settings.episodes, seed=settings.seed
+            config.env,
+            config.tasks,
+            tasks,
+            numbers,
+            episodes=settings.episodes,
+            seed=settings.seed,
+            deterministic=settings.deterministic,
         )
 
     def run(self, weights: bytes) -> dict[str, Any]:
@@ -57,8 +65,7 @@ class Evaluating:
 
     def close(self) -> None:
         """Release the environments."""
-        if self._plain is not None:
-            self._plain.close()
+        (self._by_task if self._plain is None else self._plain).close()
 
 
 def evaluated_tasks(count: int, most: int | None) -> list[int]:

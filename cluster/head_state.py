@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,10 @@ from typing import Any
 from cluster.files import read_json
 
 STATE = "head.json"
+MOST_SHOWN = 1_000  # lines kept for a driver that does not ask for them; a dead one never does
+AHEAD = 1 << 20  # numbers of lines that a dead head may have given since its last state
+
+Row = dict[str, float] | None
 
 
 def read_head_state(run: Path, wall_started: float) -> dict[str, Any] | None:
@@ -59,3 +65,35 @@ class HeadStateFile:
                 self._tell(
                     f"should the head die, it would go on from an older state, for the newest is not kept: {error}"
                 )
+
+
+class Shown:
+    """Rows and lines for the driver, numbered, until it has them; any thread may call it."""
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        """state: what `state` returned before the head died; what the driver has had since is told by the numbers it asks for."""
+        self._waiting: deque[tuple[int, Row, str | None]] = deque(maxlen=MOST_SHOWN)
+        self._next = 0
+        self._lock = threading.Lock()
+        if state is not None:
+            self._waiting.extend((number, row, line) for number, row, line in state["waiting"])
+            self._next = state["next"] + AHEAD
+
+    def add(self, row: Row, line: str | None) -> None:
+        """Show a metrics row, or a line of text."""
+        with self._lock:
+            self._waiting.append((self._next, row, line))
+            self._next += 1
+
+    def after(self, number: int) -> tuple[list[tuple[Row, str | None]], int]:
+        """What was shown from a number on, and the number to ask for next. What lies before it has arrived and is let go of."""
+        with self._lock:
+            while self._waiting and self._waiting[0][0] < number:
+                self._waiting.popleft()
+            found = list(self._waiting)
+        return [(row, line) for _, row, line in found], found[-1][0] + 1 if found else number
+
+    def state(self) -> dict[str, Any]:
+        """What a new head needs, as JSON."""
+        with self._lock:
+            return {"waiting": list(self._waiting), "next": self._next}

@@ -14,7 +14,7 @@ import numpy as np
 
 from cluster.charts import COLOURS, Chart, Curves, Series, time_axis, to_svg
 from cluster.files import read_json, size_text, write_atomically
-from cluster.task_map import style as map_style
+from cluster.task_map import TaskMap, map_figure, map_style
 
 _MOST_EVENTS = 300
 
@@ -46,7 +46,7 @@ svg { display: block; width: 100%; height: auto; } svg text { font-family: syste
 .key { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .5em; background: var(--grid); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 .charts + .scroll, .charts + table, .charts + .charts { margin-top: 1.25rem; }
-th.wrap { white-space: normal; vertical-align: bottom; }
+.name { min-width: 13rem; overflow-wrap: anywhere; } th.wrap { white-space: normal; vertical-align: bottom; }
 table.times { max-width: 46rem; } .part { height: .7em; border-radius: 2px; background: var(--blue); } th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--grid); vertical-align: top; }
 th { color: var(--faint); font-weight: 400; } .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tbody + tbody td { border-top: 0; } td.bars { padding: .9rem 0 .4rem; border: 0; }
@@ -165,12 +165,13 @@ def together(
         yield Chart(title, label, unit, lines, from_zero=from_zero)
 
 
-def charts_html(charts: Iterator[Chart], otherwise: str) -> str:
-    """The charts as HTML, or a sentence where there are none."""
+def charts_html(charts: Iterator[Chart], otherwise: str, maps: Sequence[TaskMap] = ()) -> str:
+    """The charts, then the maps, as HTML, or a sentence where there are none."""
     figures = [
         f'<figure role="img" aria-label="{escape(chart.title)}"><figcaption>{escape(chart.title)}</figcaption>{to_svg(chart)}</figure>'
         for chart in charts
     ]
+    figures += [map_figure(shown) for shown in maps]
     return f'<div class="charts">{"".join(figures)}</div>' if figures else f'<p class="faint">{escape(otherwise)}</p>'
 
 

@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -23,7 +22,7 @@ import ray
 from cluster.books import SILENT_S, Books, Measured
 from cluster.checkpoint import Checkpoint, Checkpoints, read_manifest
 from cluster.files import read_json, write_json
-from cluster.head_state import HeadStateFile
+from cluster.head_state import HeadStateFile, Shown
 from cluster.ray_children import HEAD as HEAD_NAME
 from cluster.ray_children import (
     MOST_RESTARTS,
@@ -48,9 +47,7 @@ EVALUATE_S = 1800.0  # the longest that the end of a run waits for an evaluation
 STOP_S = 10.0  # how long an actor may take to stop, a learner thrice that
 LINGER_S = 60.0  # how long the head of an ended run waits for a driver to ask how it ended
 WEIGHTS_S = 60.0  # how long a new head waits for the learner's newest weights
-# What the dead head has counted since its last state is not known to the new one, which leaves room for it.
-SHOWN_AHEAD = 1 << 20  # lines
-BORN_AHEAD = 1 << 12  # processes
+BORN_AHEAD = 1 << 12  # processes that a dead head may have started since its last state
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +95,11 @@ class RunHead(ABC):
         self._resume = resume
         self._wall_started = wall_started
         self._head = head
-        resumed = None if resume is None else read_manifest(resume)
-        self._recorder = Recorder(folder, head, show=self._show, resume=resumed)
+        # A checkpoint that the dead head began with may be gone by now; `Recorder.go_on` looks for the newest.
+        is_back = kept is not None and kept["is_started"]
+        resumed = None if resume is None or is_back else read_manifest(resume)
+        self._shown = Shown(None if kept is None else kept["shown"])
+        self._recorder = Recorder(folder, head, show=self._shown.add, resume=resumed)
         self._self = ray.get_runtime_context().current_actor
         self._kept = kept
         self._state_file = HeadStateFile(folder.path, tell=lambda text: self._recorder.event("warning", text))
@@ -110,9 +110,7 @@ class RunHead(ABC):
         self._is_started = False
         self._is_checkpointing = False
         self._stop_reason: str | None = None  # once the run is ending
-        self._learner_start: tuple[str | None, int] | None = (
-            None  # checkpoint's file and version that learners began with
-        )
+        self._learner_start: tuple[str | None, int] | None = None  # file and version that learners began with
         self._children = Children(ray.get_runtime_context().namespace, tell=self._recorder.event)
         self._addresses: list[str] = []  # of the shards
         self._ports: list[int] = []
@@ -128,11 +126,6 @@ class RunHead(ABC):
         self._first_step_told = False
         self._first_step: float | None = None  # monotonic
         self._finishing = False
-        self._shown: deque[tuple[int, dict[str, float] | None, str | None]] = deque()  # numbered
-        self._next_shown = 0
-        if kept is not None:
-            self._shown.extend((index, row, line) for index, row, line in kept["shown"])
-            self._next_shown = kept["next_shown"] + SHOWN_AHEAD
         self._stop_asked: str | None = None
         self._wake = threading.Event()
         self._outcome: dict[str, Any] | None = None
@@ -234,22 +227,14 @@ class RunHead(ABC):
 
         What lies before `after` has arrived and is let go of.
         """
-        outcome = self._outcome  # first: what is shown after it is not waited for
-        shown = self._shown
-        while shown and shown[0][0] < after:
-            shown.popleft()
-        found = list(shown)
-        following = found[-1][0] + 1 if found else after
-        return {"shown": [(row, line) for _, row, line in found], "next": following, "outcome": outcome}
+        outcome = self._outcome  # first: all that is shown before it must have come
+        shown, following = self._shown.after(after)
+        return {"shown": shown, "next": following, "outcome": outcome}
 
     def stop(self, reason: str) -> None:
         """End the run with a checkpoint."""
         self._stop_asked = self._stop_asked or reason
         self._wake.set()
-
-    def _show(self, row: dict[str, float] | None, line: str | None) -> None:
-        self._shown.append((self._next_shown, row, line))
-        self._next_shown += 1
 
     # ------------------------------------------------------------- control loop
 
@@ -286,14 +271,17 @@ class RunHead(ABC):
         """Start, or go on where the head that died has left off, until the run ends. Returns the summary."""
         kept = self._kept
         if kept is None:
-            if left := set(ray.util.list_named_actors()) - {HEAD_NAME}:
+            if set(ray.util.list_named_actors()) - {HEAD_NAME}:
                 raise RunError(
-                    f"the head died and left no state, for the disk may have been full; ended with {', '.join(sorted(left))}; go "
-                    "on from the last checkpoint with --resume"
+                    "the head died and left no state to go on from, as where the disk is full; go on from the last checkpoint with "
+                    "--resume"
                 )
             self._keep()
             self._start()
         else:
+            # Should this one die as well before it knows more.
+            mine = {"shown": self._shown.state(), "born": self._born, "deaths": self._deaths}
+            self._state_file.write({**kept, **mine})
             if len(self._deaths) > MOST_RESTARTS:
                 raise RunError(f"the head died {len(self._deaths)} times within {WITHIN_S:g} s")
             if kept["is_started"]:
@@ -476,8 +464,7 @@ class RunHead(ABC):
             "deaths": self._deaths,
             "books": self._head.live_state(),
             "metrics": self._recorder.waiting(),
-            "shown": list(self._shown),
-            "next_shown": self._next_shown,
+            "shown": self._shown.state(),
             "children": self._children.known(),
             "lost": sorted(self._children.lost),
             "born": self._born,
@@ -540,7 +527,7 @@ class RunHead(ABC):
             self._evaluate_again = True
 
     def _fetch_weights(self) -> None:
-        """The weights that the dead head had been given: what it kept of them for others is gone with it."""
+        """The weights that a dead head had been given: what it kept of them for others is gone with it."""
         try:
             newest = ray.get(self._children["learner"].worker.newest.remote(), timeout=WEIGHTS_S)
         except (ray.exceptions.RayError, TimeoutError):
@@ -641,12 +628,17 @@ class RunHead(ABC):
         It holds the best policy where that is in no checkpoint yet, else the newest.
         """
         self._tried_at = time.monotonic()
-        evaluation, policy = self._unsaved_best or (self._head.evaluation_now, self._weights[1])
         if silent := self._children.silent(SILENT_S):
             self._recorder.event("warning", f"no checkpoint was written: no answer from {', '.join(silent)}")
             return False
         if any(child.starting is not None or child.status.get("error") for child in self._children.of("learner")):
             self._recorder.event("warning", "no checkpoint was written: the learner was not running")
+            return False
+        if not self._weights[0]:
+            self._fetch_weights()
+        evaluation, policy = self._unsaved_best or (self._head.evaluation_now, self._weights[1])
+        if not policy:
+            self._recorder.event("warning", "no checkpoint was written: the learner has published no weights yet")
             return False
         self._is_checkpointing = True
         self._keep()

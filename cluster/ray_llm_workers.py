@@ -299,8 +299,8 @@ class LlmLearnerWorker:
         device = parts.device_of(config.learners.device)
         is_new = checkpoint is None and config.warm_start.steps > 0
         if is_new and rank == 0:
-            self._head.tell.remote(f"learner: {config.warm_start.steps} steps of supervised training come first")
-            parts.warm_start(config, self._model, lambda text: self._head.tell.remote(text))
+            self._tell(f"learner: {config.warm_start.steps} steps of supervised training come first")
+            parts.warm_start(config, self._model, self._tell)
         if rendezvous is not None:
             from learners.distributed import JOIN_S, join
 
@@ -327,6 +327,9 @@ class LlmLearnerWorker:
         )
         self._updating = Thread(self._update, name="learner")
         return process()
+
+    def _tell(self, text: str) -> None:
+        ray.get(self._head.tell.remote(text))  # lines that wait for a head to come back would come in any order
 
     def _publish(self, version: int, data: bytes) -> None:
         first, before = self._first

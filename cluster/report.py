@@ -95,7 +95,7 @@ def write_report(run_folder: Path) -> Path:
         "<h2>Return</h2>",
         charts_html(_return_charts(run.config, curves), "No episode had ended when the metrics were last written."),
         "<h2>Throughput</h2>",
-        charts_html(_throughput_charts(curves), "No throughput was measured."),
+        charts_html(_throughput_charts(run.config, curves), "No throughput was measured."),
         "<h2>Replay and policy lag</h2>",
         charts_html(_replay_charts(run.config, curves), "Nothing was measured of the replay service."),
         "<h2>Losses</h2>",
@@ -113,12 +113,10 @@ def write_report(run_folder: Path) -> Path:
 def _task_sections(config: RunConfig, curves: Curves) -> Iterator[str]:
     yield "<h2>Success</h2>"
     yield success_section(config, curves)
-    maps = "".join(curriculum_maps(curves, kind, "env_steps", "environment steps") for kind in ("task", "family"))
+    maps = [m for kind in ("task", "family") for m in curriculum_maps(curves, kind, "env_steps", "environment steps")]
     yield "<h2>Tasks</h2>"
-    yield maps or '<p class="faint">No task had been drawn when the metrics were last written.</p>'
+    yield charts_html(iter(()), "No task had been drawn when the metrics were last written.", maps)
     yield task_tables(curves)
-    if wastes(config, curves):
-        yield charts_html(waste_charts(curves, "environment steps"), "")
 
 
 def _summary(config: RunConfig, facts: dict[str, Any], curves: Curves) -> str:
@@ -195,9 +193,11 @@ def _return_charts(config: RunConfig, curves: Curves) -> Iterator[Chart]:
             yield Chart(title, label, "return per episode", series, levels=levels)
 
 
-def _throughput_charts(curves: Curves) -> Iterator[Chart]:
+def _throughput_charts(config: RunConfig, curves: Curves) -> Iterator[Chart]:
     yield from over_time(curves, "Environment steps per second", "steps/s", "steps_per_s", from_zero=True)
     yield from over_time(curves, "Updates per second", "updates/s", "updates_per_s", from_zero=True, colour="green")
+    if config.has_tasks and wastes(config, curves):
+        yield from waste_charts(curves, "steps")
 
 
 def _replay_charts(config: RunConfig, curves: Curves) -> Iterator[Chart]:

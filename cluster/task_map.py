@@ -6,9 +6,10 @@ It is HTML and SVG without ids or scripts: names stay readable at any width, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import takewhile
 from typing import Literal
 
 import numpy as np
@@ -59,8 +60,8 @@ def binned(x: Array, values: Array, *, most: int = _MOST_COLUMNS) -> tuple[Array
     if not np.isfinite(values).any() or x.max() <= 0:
         return None
     end = float(x.max())
-    # A row at the very beginning belongs to the first part.
-    part = np.clip(np.ceil(x / end * most).astype(int) - 1, 0, most - 1)
+    # A row at the very beginning, before the first step, belongs to what comes next.
+    part = np.ceil(np.maximum(x, x[x > 0].min()) * most / end).astype(int) - 1
     filled, cell = np.unique(part, return_inverse=True)
     known = np.isfinite(values)
     sums, counts = np.zeros((2, len(values), len(filled)))
@@ -77,37 +78,34 @@ def columns_for(rows: int) -> int:
 
 
 def short_labels(labels: Sequence[str]) -> tuple[str, list[str]]:
-    """The words that all the labels begin with, and what is left of each: never nothing."""
-    words = [label.split(" ") for label in labels]
-    common = 0
-    while len(labels) > 1 and all(len(w) > common + 1 and w[common] == words[0][common] for w in words):
-        common += 1
-    return " ".join(words[0][:common]) if words else "", [" ".join(w[common:]) for w in words]
+    """What all the labels begin with, up to a space or slash, and what is left of each: never nothing."""
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*labels, strict=False))
+    alike = "".join(letters[0] for letters in same) if len(labels) > 1 else ""
+    cut = max(alike.rfind(" "), alike.rfind("/")) + 1
+    if any(len(label) == cut for label in labels):
+        cut = 0
+    return alike[: max(0, cut - 1)], [label[cut:] for label in labels]
 
 
-def maps_html(maps: Iterable[TaskMap]) -> str:
-    """The maps beside each other, or below where the page is narrow."""
-    figures = "".join(map(_figure, maps))
-    return f'<div class="charts">{figures}</div>' if figures else ""
-
-
-def style() -> str:
+def map_style() -> str:
     """Style rules of the maps; colours of cells are classes, for a page has thousands of them."""
     rate = "".join(f".rate{shade}{{fill:{_colour(shade / _SHADES)}}}" for shade in range(_SHADES + 1))
     # Even the smallest share differs from a cell without any: that one is hatched.
-    share = "".join(
-        f".share{shade}{{fill-opacity:{0.05 + 0.95 * shade / _SHADES:.3f}}}" for shade in range(_SHADES + 1)
+    # Even the smallest share differs from a cell without any: that one is hatched.
+    mixed = (
+        f"color-mix(in srgb,var(--blue) {5 + 95 * shade / _SHADES:.0f}%,var(--page))" for shade in range(_SHADES + 1)
     )
+    share = "".join(f".share{shade}{{fill:{colour}}}" for shade, colour in enumerate(mixed))
     return _STYLE + rate + share
 
 
 _STYLE = """
-.map { display: grid; grid-template-columns: minmax(0, max-content) minmax(55%, 1fr); column-gap: .5rem; }
+.map { display: grid; grid-template-columns: minmax(0, max-content) minmax(55%, 1fr); column-gap: .5rem; align-content: start; }
 .map figcaption, .map .key-line { grid-column: 1 / -1; }
-.map .names { display: grid; min-width: 0; color: var(--faint); font-size: min(.8rem, calc(var(--row) - 1px)); }
-.map .names span { height: var(--row); line-height: var(--row); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.map .names { min-width: 0; color: var(--faint); font-size: min(.8rem, calc(var(--row) - 1px)); }
+.map .names span { display: block; height: var(--row); line-height: var(--row); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .map svg { background: repeating-linear-gradient(135deg, var(--grid) 0 1px, transparent 1px 6px); shape-rendering: crispEdges; }
-.map svg .share { fill: var(--blue); } .map rect:hover { stroke: var(--ink); stroke-width: 1.5px; vector-effect: non-scaling-stroke; }
+.map rect:hover { stroke: var(--ink); stroke-width: 1.5px; vector-effect: non-scaling-stroke; }
 .map .change { stroke: var(--ink); stroke-width: 1.5px; vector-effect: non-scaling-stroke; }
 .map .halo { stroke: var(--page); stroke-width: 4px; vector-effect: non-scaling-stroke; }
 .map .axis { grid-column: 2; position: relative; height: 1.3rem; font-size: .8rem; border-top: 1px solid var(--faint); }
@@ -120,7 +118,8 @@ _STYLE = """
 """
 
 
-def _figure(shown: TaskMap) -> str:
+def map_figure(shown: TaskMap) -> str:
+    """The map as a `<figure>` with its axis and legend."""
     rows = len(shown.labels)
     common, names = short_labels(shown.labels)
     height = 22 if rows <= 12 else 16 if rows <= 32 else 13
@@ -153,7 +152,9 @@ def _row(shown: TaskMap, row: int, name: str, values: Array, top: float) -> str:
     ends = 1000 * shown.edges / shown.edges[-1]
     found = ""
     for first, last, figure in _runs([_figure_text(shown.scale, float(value)) for value in values]):
-        shade = round(_SHADES * min(1.0, max(0.0, float(values[first]) / top)))
+        part = min(1.0, max(0.0, float(values[first]) / top))
+        # One task may have most of the draws for a while; by the root, shares among many still differ.
+        shade = round(_SHADES * (part if shown.scale == "rate" else math.sqrt(part)))
         span = f"{_count(shown.edges[first])} to {_count(shown.edges[last])}"
         found += (
             f'<rect class="{shown.scale} {shown.scale}{shade}" x="{ends[first]:.1f}" y="{row}" '
@@ -194,7 +195,7 @@ def _key(shown: TaskMap, top: float, *, changes: bool) -> str:
         f'<rect class="{shown.scale} {shown.scale}{shade}" x="{shade}" y="0" width="1" height="1"/>'
         for shade in range(_SHADES + 1)
     )
-    high = "1" if shown.scale == "rate" else _figure_text("share", top)
+    high = "1" if shown.scale == "rate" else f"{100 * top:.1f} %, in the middle {25 * top:.1f} %"
     found = f'<span>0 <svg viewBox="0 0 {_SHADES + 1} 1" preserveAspectRatio="none" aria-hidden="true">{steps}</svg> {high}</span>'
     if not np.isfinite(shown.values).all():
         found += '<span><svg class="empty" viewBox="0 0 1 1" aria-hidden="true"></svg> nothing known</span>'

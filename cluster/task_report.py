@@ -10,7 +10,7 @@ import numpy as np
 from cluster.charts import Chart, Curves, Series
 from cluster.curriculum.forgetting import Forgetting
 from cluster.page import charts_html, number, together
-from cluster.task_map import MOST_ROWS, Scale, TaskMap, binned, columns_for, maps_html, short_labels
+from cluster.task_map import MOST_ROWS, Scale, TaskMap, binned, columns_for, short_labels
 from configs.schema import RunConfig
 
 LINES = ("blue", "orange", "green", "purple")  # of the tasks of one chart; more are a map
@@ -41,22 +41,36 @@ def percent(share: float | None) -> str:
 # ------------------------------------------------------------------------------------------------------------ maps
 
 
-def curriculum_maps(curves: Curves, kind: str, x: str, x_label: str) -> str:
-    """What the curriculum predicts of each label and how often it draws it, as two maps; empty without such metrics.
+def curriculum_maps(curves: Curves, kind: str, x: str, x_label: str) -> list[TaskMap]:
+    """What the curriculum predicts of each label and how often it draws it, as two maps; none without such metrics.
 
     Args:
         kind: task or family.
         x: metric along which they are drawn, and `x_label` what it counts.
     """
     labels = labels_of(curves, f"{kind}/", "/pass_rate", "/drawn")
-    shown = labels[:MOST_ROWS]
     changes = curriculum_changes(curves, x)
-    maps = []
+    maps: list[TaskMap] = []
     for title, read, scale in _CURRICULUM_MAPS:
-        values = np.array([read(curves, f"{kind}/{label}") for label in shown]).reshape(len(shown), curves.rows)
-        if (cells := binned(curves.running(x), values, most=columns_for(len(shown)))) is not None:
-            maps.append(TaskMap(f"{title} by {kind}", x_label, shown, *cells, scale, changes))
-    return maps_html(maps) + (_left_out(len(labels), len(shown)) if maps else "")
+        rows = {label: read(curves, f"{kind}/{label}") for label in labels[:MOST_ROWS]}
+        maps += _map(f"{title} by {kind}", x_label, curves.running(x), rows, scale, changes, of=len(labels))
+    return maps
+
+
+def _map(
+    title: str,
+    x_label: str,
+    x: np.ndarray,
+    rows: Mapping[str, np.ndarray],
+    scale: Scale,
+    changes: list[float],
+    *,
+    of: int,
+) -> Iterator[TaskMap]:
+    """The map of these rows, where there is anything on it; they are the first `of` so many."""
+    if rows and (cells := binned(x, np.stack(list(rows.values())), most=columns_for(len(rows)))) is not None:
+        title += f" (the first {len(rows)} of {of:,})" if of > len(rows) else ""
+        yield TaskMap(title, x_label, list(rows), *cells, scale, changes)
 
 
 def predictions(curves: Curves, label: str) -> np.ndarray:
@@ -100,14 +114,15 @@ def success_section(config: RunConfig, curves: Curves) -> str:
     """Success in evaluations over all tasks and by task, and how far the worst task has fallen."""
     labels = labels_of(curves, "eval/task/", "/success")
     few = len(labels) <= len(LINES)
-    charts = charts_html(_success_charts(config, curves, labels if few else ()), "No evaluation had ended when the metrics were last written.")
-    shown = labels[:MOST_ROWS]
-    values = np.array([curves.get(f"eval/task/{label}/success") for label in shown]).reshape(len(shown), curves.rows)
-    if few or (cells := binned(curves.evaluated_at("env_steps"), values, most=columns_for(len(shown)))) is None:
-        return charts
-    changes = curriculum_changes(curves, "env_steps")
-    shown_map = TaskMap("Success in evaluations by task", _STEPS, shown, *cells, "rate", changes)
-    return charts + maps_html([shown_map]) + _left_out(len(labels), len(shown))
+    maps: list[TaskMap] = []
+    if not few:
+        rows = {label: curves.get(f"eval/task/{label}/success") for label in labels[:MOST_ROWS]}
+        # A cell is the stretch that led up to an evaluation.
+        x = np.where(np.isfinite(list(rows.values())).any(axis=0), curves.evaluated_at("env_steps"), np.nan)
+        changes = curriculum_changes(curves, "env_steps")
+        maps += _map("Success in evaluations by task", _STEPS, x, rows, "rate", changes, of=len(labels))
+    charts = _success_charts(config, curves, labels if few else ())
+    return charts_html(charts, "No evaluation had ended when the metrics were last written.", maps)
 
 
 def _success_charts(config: RunConfig, curves: Curves, labels: Sequence[str]) -> Iterator[Chart]:
@@ -177,9 +192,9 @@ def task_tables(curves: Curves) -> str:
         "training return": [number(curves.last(f"task/{t}/return"), 2) for t in tasks],
         "training length": [number(curves.last(f"task/{t}/length"), 1) for t in tasks],
         "evaluation return, last": [number(curves.last(f"eval/task/{t}/return"), 2) for t in tasks],
-        "best": [number(_best(curves, f"eval/task/{t}/return"), 2) for t in tasks],
+        "evaluation return, best": [number(_best(curves, f"eval/task/{t}/return"), 2) for t in tasks],
         "success, last": [number(curves.last(f"eval/task/{t}/success"), 2) for t in tasks],
-        "best ": [number(_best(curves, f"eval/task/{t}/success"), 2) for t in tasks],
+        "success, best": [number(_best(curves, f"eval/task/{t}/success"), 2) for t in tasks],
         "drop since the last change": [number(fallen.get(t), 2) for t in tasks],
     }
     families = labels_of(curves, "family/", "/pass_rate", "/drawn")
@@ -194,9 +209,9 @@ def _table(kind: str, names: Sequence[str], columns: Mapping[str, Sequence[str]]
     columns = {title: cells for title, cells in columns.items() if any(cell != "–" for cell in cells)}
     if not columns:
         return ""
-    head = "".join(f'<th class="number wrap">{title.strip()}</th>' for title in columns)
+    head = "".join(f'<th class="number wrap">{title}</th>' for title in columns)
     rows = "".join(
-        f"<tr><td>{escape(name)}</td>"
+        f'<tr><td class="name">{escape(name)}</td>'
         + "".join(f'<td class="number">{cells[row]}</td>' for cells in columns.values())
         + "</tr>"
         for row, name in enumerate(names[:_MOST_TABLE_ROWS])
@@ -226,7 +241,7 @@ def _best(curves: Curves, name: str) -> float | None:
 
 
 def waste_charts(curves: Curves, units: str) -> Iterator[Chart]:
-    """What was sampled and thrown away; `units` are tokens or environment steps."""
+    """What was sampled and thrown away; `units` are tokens or steps."""
     yield from together(
         curves,
         f"{units[0].upper()}{units[1:]} thrown away, and why",
@@ -255,7 +270,8 @@ def task_facts(config: RunConfig, curves: Curves) -> Iterator[tuple[str, str]]:
         f"<b>{number(count)}</b> of {escape(config.env_name)}" if count else f"<b>{escape(config.env_name)}</b>",
     )
     curriculum = config.curriculum
-    yield "Curriculum", f"<b>{escape(curriculum.draw)}</b>, {percent(curriculum.floor)} of the draws uniform"
+    uniform = f", {100 * curriculum.floor:g} % of the draws uniform" if curriculum.draw != "uniform" else ""
+    yield "Curriculum", f"<b>{escape(curriculum.draw)}</b>{uniform}"
     if curriculum.filter == "none":
         yield "Filter", "<b>none</b>"
     else:

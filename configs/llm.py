@@ -340,6 +340,10 @@ def conflicts(config: LlmConfig) -> Iterator[str]:
             "warm_start.steps to 0"
         )
     yield from curriculum.conflicts(group_size=sampling.group_size)
+    if curriculum.draw == "level_replay":
+        yield (
+            "curriculum.draw level_replay needs value losses, and language models have none; use band or learning_progress"
+        )
     yield from algorithm.conflicts(group_size=sampling.group_size, max_tokens=sampling.max_tokens)
     if learners.shard_parameters and learners.count == 1:
         yield "learners.shard_parameters divides the weights among several learners, and learners.count is 1; leave it off"

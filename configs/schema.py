@@ -250,7 +250,7 @@ class LearnersSettings(LearnerProcessSettings):
 
 
 class EvalSettings(Settings):
-    """Evaluation while training: deterministic episodes on environments and seeds of their own, never stored."""
+    """Evaluation while training: episodes on environments and seeds of their own, never stored."""
 
     every: int = setting(
         10_000,
@@ -266,6 +266,12 @@ class EvalSettings(Settings):
         unit="seed",
         ge=0,
         le=2**31 - 1,
+    )
+    deterministic: bool = setting(
+        True,
+        "Act without noise for exploration; off acts as the lane that explores least, for policies that would run in circles "
+        "where the environment is only partly observed.",
+        unit="switch",
     )
     tasks: int | None = setting(
         64,

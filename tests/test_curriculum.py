@@ -369,9 +369,9 @@ def test_counts_are_those_of_exact_rates_and_of_the_settings(one: int, other: in
 
 
 def test_the_filter_states_its_counts() -> None:
-    assert GroupFilter(0.2, 0.8, 16).text == "band 0.2–0.8 of 16 completions: groups with 4 to 12 passes are kept"
-    assert GroupFilter(0.5, 0.5, 8).text == "band 0.5–0.5 of 8 completions: groups with exactly 4 passes are kept"
-    assert GroupFilter(0.0, 1.0, 8).text == "band 0–1 of 8 completions: every group is kept"
+    assert GroupFilter(0.2, 0.8, 16).text == "band 0.2–0.8 of 16 attempts: groups with 4 to 12 passes are kept"
+    assert GroupFilter(0.5, 0.5, 8).text == "band 0.5–0.5 of 8 attempts: groups with exactly 4 passes are kept"
+    assert GroupFilter(0.0, 1.0, 8).text == "band 0–1 of 8 attempts: every group is kept"
 
 
 def test_the_filter_judges_by_counts() -> None:

@@ -108,3 +108,41 @@ def test_time_left_follows_the_pace_of_the_last_minute() -> None:
     fast = [row(second, 100 * second) for second in range(11)]
     slow = [row(10 + second, 1000 + second) for second in range(1, 101)]
     assert time_left(StopSettings(steps=1200), *fast, *slow) == pytest.approx(100)
+
+
+TASKS = CONFIG.model_validate(
+    {**CONFIG.model_dump(), "tasks": {"product": {"size": [5, 8]}}, "curriculum": {"draw": "band", "filter": "band"}}
+    | {"stop": {"steps": 1000, "success": 0.9}}
+)
+
+
+def test_of_tasks_success_and_waste_are_shown() -> None:
+    live = Live(TASKS, silent=True)
+    assert live.title() == "HalfCheetah-v4 · band · sac · first"
+    pairs = dict(live.pairs())
+    assert (pairs["pass rate of what is drawn"], pairs["last success"]) == ("–", "none yet (goal 0.90)")
+    live.update(
+        row(10, 400, return_mean_100=7.0, **{"eval/mean_success": 0.25, "eval/mean_return": 55.5, "eval/step": 300})
+    )
+    live.update(
+        row(11, 440, episodes=12.0, **{"waste/share": 0.4})
+        | {"task/a b/drawn": 0.75, "task/a b/pass_rate": 0.2, "task/c/d/drawn": 0.25, "task/c/d/pass_rate": 1.0}
+        | {"task/e/drawn": 0.5, "task/e/pass_rate": float("nan")}
+    )
+    pairs = dict(live.pairs())
+    assert pairs["pass rate of what is drawn"] == "0.40"
+    assert pairs["last success"] == "0.25 at 300 (goal 0.90)"
+    assert pairs["episodes"] == "12, 40% of the steps wasted"
+    assert "mean return, last 100" not in pairs
+    line = live.line()
+    for cell in ("passed  0.40", "success  0.25", "waste  40%"):
+        assert cell in line, (cell, line)
+    assert "return" not in line
+
+
+def test_without_tasks_nothing_is_said_of_them() -> None:
+    live = Live(CONFIG, silent=True)
+    live.update(row(10, 400, **{"eval/mean_success": 0.25, "waste/share": 0.4, "episodes": 3.0}))
+    assert dict(live.pairs())["last evaluation"] == "none yet (goal 900.0)"
+    assert dict(live.pairs())["episodes"] == "3"
+    assert "waste" not in live.line()

@@ -19,7 +19,7 @@ from cluster.metrics import MetricsWriter
 from cluster.runs import RunFolder
 from configs.llm import LlmConfig
 from learners.llm.measures import LAGS
-from tests.test_report import Page
+from tests.test_report import Page, cells_of
 
 SETTINGS: dict[str, Any] = {
     "kind": "llm",
@@ -189,7 +189,7 @@ def test_figures_are_those_of_the_metrics(html: str, shown: str) -> None:
         ),
         *(
             "Predicted pass rate by family",
-            "What was drawn",
+            "Share of the latest draws by family",
             "Groups kept by the filter",
             "Tokens thrown away, and why",
         ),
@@ -255,9 +255,16 @@ def test_many_families_are_a_table_and_no_tangle_of_lines(tmp_path: Path) -> Non
     families = tuple(f"family {n}" for n in range(9))
     html = write_report(make_run(tmp_path, "many", families=families)).read_text()
     assert "pass@1 by family" not in html
-    assert "What was drawn" not in html
+    assert len(cells_of(html, "Predicted pass rate by family of family")) == 9
     for family in families:
         assert f"<td>{family}</td>" in html
+
+
+def test_families_are_mapped_over_learner_steps(html: str) -> None:
+    cells = cells_of(html, "Predicted pass rate by family")
+    assert cells == [("<2> numbers\n0 to 40", "0.00"), ("3 numbers\n0 to 40", "0.10")]
+    assert {figure for _, figure in cells_of(html, "Share of the latest draws by family")} == {"50.0 %"}
+    assert "across: learner steps" in text_of(html)
 
 
 def test_the_oldest_lag_is_that_of_the_learner() -> None:

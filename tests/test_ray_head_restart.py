@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.checkpoint import Checkpoints
 from cluster.files import read_json
 from cluster.head import Evaluation, Head, Tick
-from cluster.head_state import STATE, HeadStateFile, read_head_state
+from cluster.head_state import STATE, HeadStateFile, Shown, read_head_state
 from cluster.metrics import MetricsWriter, read_metrics
 from configs.schema import RunConfig
 from tests import runs_for_tests as runs
@@ -223,6 +226,32 @@ def test_the_head_of_a_language_model_run_dies_and_every_group_is_counted_once(
 
 
 @pytest.mark.slow
+def test_the_head_of_a_run_with_tasks_dies_and_no_attempt_is_counted_twice(
+    ray_cluster: RayCluster, start: Started, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "a"
+    settings = {"--env.id": "CartPole-v1", "--algorithm.name": "dqn", "--algorithm.hidden": "16", "--name": "a"}
+    settings |= {"--tasks.threshold": "20", "--learners.updates_per_step": "0.25", "--learners.batch_size": "32"}
+    settings |= {"--replay.min_size": "200", "--actors.random_steps": "200", "--replay.capacity": "65536"}
+    settings |= {"--stop.steps": "1e9", "--eval.every": "0", "--checkpoints.every_s": "1"}
+    words = [word for pair in settings.items() for word in pair]
+    process = start(*words, "--tasks.ids", "CartPole-v0", "CartPole-v1", *GENTLE, cluster=ray_cluster)
+    for _ in range(3):
+        before = len(runs.events(run, "checkpoint"))
+        runs.wait_for(lambda before=before: len(runs.events(run, "checkpoint")) > before + 1, process, 120.0)  # type: ignore[misc]
+        kill_head(run, process)
+    process.send_signal(signal.SIGTERM)
+    ended(process, tmp_path, ray_cluster)
+    summary, desk = runs.summary(run), read_json(runs.newest_checkpoint(run) / "desk.json")
+    assert summary["restarts"] == 3
+    reported = sum(desk["reported"].values())
+    # Every episode is an attempt at a task, but for those that were played while nothing new was assigned: they are short.
+    assert 0.1 * summary["episodes"] < reported <= summary["episodes"]
+    assert sum(groups for groups, _, _ in desk["waste"].values()) == reported
+    never_falls(run, *COUNTS)
+
+
+@pytest.mark.slow
 def test_whatever_dies_together_with_the_head_is_replaced(
     ray_cluster: RayCluster, start: Started, tmp_path: Path
 ) -> None:
@@ -261,7 +290,9 @@ def test_a_language_model_run_whose_head_dies_at_its_beginning_and_in_an_evaluat
     kill_head(run, process)
     log = ended(process, tmp_path, ray_cluster)
     assert log.count("supervised training come first") == 1
-    assert "evaluation at learner step 0: " in log
+    assert log.index("warm start: step 50 of") < log.index("warm start: step 400 of")
+    evaluated = [event["text"] for event in runs.events(run, "evaluation")]
+    assert len(evaluated) == len(set(evaluated)) >= 2  # the one that was lost is of newer weights now
     assert runs.summary(run)["updates"] == 30
     assert runs.summary(run)["restarts"] == 2
     ledger(runs.newest_checkpoint(run)).check()
@@ -344,3 +375,28 @@ def test_the_state_of_another_start_of_the_run_is_none_of_this_one(tmp_path: Pat
     gone.write({})
     assert len(told) == 1
     assert not list(tmp_path.glob(".*"))
+
+
+@given(st.lists(st.sampled_from(["show", "ask", "keep", "die"]), max_size=40))
+def test_a_driver_is_shown_every_line_once_and_in_order_whenever_the_head_dies(steps: list[str]) -> None:
+    """Lines that the dead head showed after its last state are lost where the driver had not asked for them, and no others."""
+    shown, kept, at, count = Shown(), Shown().state(), 0, 0
+    safe: list[str] = []  # must come: shown before the last state, or by the living head
+    unsafe: list[str] = []
+    got: list[str | None] = []
+    for step in [*steps, "ask"]:
+        if step == "show":
+            shown.add(None, line := f"line {count}")
+            unsafe.append(line)
+            count += 1
+        elif step == "ask":
+            lines, at = shown.after(at)
+            got += [line for _, line in lines]
+            safe, unsafe = safe + unsafe, []
+        elif step == "keep":
+            kept = json.loads(json.dumps(shown.state()))
+            safe, unsafe = safe + unsafe, []
+        else:
+            shown, unsafe = Shown(kept), []
+            kept = json.loads(json.dumps(shown.state()))  # as the first thing that a new head does
+    assert got == safe

@@ -216,7 +216,7 @@ def test_a_run_learns_is_stopped_and_goes_on_with_the_same_groups(
     process.send_signal(signal.SIGTERM)
     log = ended(process, tmp_path)
     for line in (
-        "band 0–1 of 2 completions: every group is kept",
+        "band 0–1 of 2 attempts: every group is kept",
         "learner: 3 steps of supervised training come first",
         "warm start: step 3 of 3, loss ",
         "evaluation at learner step 0: ",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -49,6 +50,16 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data + " "
+
+
+def cells_of(html: str, title: str) -> list[tuple[str, str]]:
+    """The cells of a map, as a reader who points at them is told: task and stretch, and the figure."""
+    for figure in re.findall(r'<figure class="map".*?</figure>', html, flags=re.DOTALL):
+        caption = re.search(r"<figcaption>(.*?)</figcaption>", figure)
+        if caption is not None and unescape(re.sub(r"<[^>]*>", "", caption[1])) == title:
+            rects = re.findall(r"<rect[^>]*><title>(.*?): ([^:]*)</title>", figure, flags=re.DOTALL)
+            return [(unescape(task), value) for task, value in rects]
+    raise AssertionError(f"no map is called {title!r}")
 
 
 def make_run(root: Path, name: str, *, seed: int = 0, rows: int = 40) -> Path:

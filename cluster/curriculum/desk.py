@@ -242,13 +242,12 @@ class Desk:
             numbers = np.array([o.number for o in judged])
             # Of a task that cannot be tried or judged nothing comes either: else it would stay as promising as an untried one.
             attempts = np.array([o.attempts or self._group_size for o in judged])
-            made = np.array([max(1, o.sampled) for o in judged])
             self._tracker.record(
                 numbers,
                 np.array([o.passes for o in judged]),
                 attempts,
-                lengths=np.array([o.units for o in judged]) / made,
-                returns=np.array([o.returns for o in judged]) / attempts,
+                lengths=np.array([o.units / o.sampled if o.sampled else np.nan for o in judged]),
+                returns=np.array([o.returns / o.attempts if o.attempts else np.nan for o in judged]),
             )
             self._drawing.update(numbers)
         self._learnt_of(outcomes)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from cluster.checkpoint import load_tensors, save_tensors
+from cluster.checkpoint import Checkpoints, load_tensors, save_tensors
 from cluster.curriculum.desk import Desk
 from cluster.curriculum.journal import Journal
 from cluster.files import read_json, write_json
@@ -49,7 +50,8 @@ def recover_desk(desk: Desk, run: Path, *, tell: Callable[[str], None]) -> int:
         FileNotFoundError: the head had not begun a journal.
     """
     journal = Journal(run / JOURNAL, tell=tell)
-    checkpoint, entries = journal.recover()
+    whole = [found.path for found in Checkpoints(run / "checkpoints").all()]
+    checkpoint, entries = journal.recover([(path, end) for path in whole if (end := _end(path)) is not None])
     load_desk(desk, checkpoint)
     count = desk.replay(entries)
     desk.journal = journal
@@ -58,7 +60,12 @@ def recover_desk(desk: Desk, run: Path, *, tell: Callable[[str], None]) -> int:
 
 def checkpoint_is_whole(desk: Desk, checkpoint: Path) -> None:
     """Let go of what the journal holds from before a checkpoint that `save_desk` wrote into."""
-    if desk.journal is not None and (checkpoint / DESK).exists():
-        end = read_json(checkpoint / DESK).get("journal")
-        if end is not None:
-            desk.journal.saved(checkpoint, end)
+    if desk.journal is not None and (end := _end(checkpoint)) is not None:
+        desk.journal.saved(checkpoint, end)
+
+
+def _end(checkpoint: Path) -> dict[str, Any] | None:
+    """Where the record in a checkpoint ends in the journal; None where it has none."""
+    path = checkpoint / DESK
+    found: dict[str, Any] | None = read_json(path).get("journal") if path.exists() else None
+    return found

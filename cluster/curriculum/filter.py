@@ -41,7 +41,7 @@ class GroupFilter:
         fewest, most = pass_counts(low, high, group_size)
         if fewest > most:
             raise ValueError(
-                f"the band {low:g}–{high:g} keeps no group of {group_size} completions; widen it or enlarge the group"
+                f"the band {low:g}–{high:g} keeps no group of {group_size} attempts; widen it or enlarge the group"
             )
         self.counts = fewest, most
 
@@ -49,7 +49,7 @@ class GroupFilter:
     def text(self) -> str:
         """The rule in words, with the counts that it comes to."""
         fewest, most = self.counts
-        rule = f"band {self.low:g}–{self.high:g} of {self.group_size} completions"
+        rule = f"band {self.low:g}–{self.high:g} of {self.group_size} attempts"
         if (fewest, most) == (0, self.group_size):
             return f"{rule}: every group is kept"
         passes = f"exactly {fewest}" if fewest == most else f"{fewest} to {most}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -47,14 +47,20 @@ class Journal:
         self._open(1)
         self._set_base(checkpoint, 1)
 
-    def recover(self) -> tuple[Path | None, Iterator[Any]]:
+    def recover(self, written: Sequence[tuple[Path, Mapping[str, Any]]] = ()) -> tuple[Path | None, Iterator[Any]]:
         """The checkpoint that the journal continues, and the entries since. New ones follow behind them, in a file of their own.
+
+        written: whole checkpoints, oldest first, each with what `rotate` returned for it. The head may have died between writing
+            one and noting it here, and one of the same step takes the place of the one before.
 
         Raises:
             FileNotFoundError: there is no journal here.
         """
         base = read_json(self._folder / BASE)
         self._session = base["session"]
+        for checkpoint, end in written:
+            if end["session"] == base["session"] and end["first"] >= base["first"]:
+                base |= {"checkpoint": str(checkpoint.resolve()), "first": end["first"]}
         kept = [path for path in self._files() if int(path.stem) >= base["first"]]
         self._open(max((int(path.stem) for path in kept), default=int(base["first"]) - 1) + 1)
         return None if base["checkpoint"] is None else Path(base["checkpoint"]), _entries(kept)

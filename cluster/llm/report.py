@@ -77,8 +77,11 @@ def write_report(run_folder: Path) -> Path:
         charts_html(_pass_charts(config, curves), "No evaluation had ended when the metrics were last written."),
         *_family_section(curves),
         "<h2>Training prompts and difficulty</h2>",
-        curriculum_maps(curves, "family", "updates", "learner steps"),
-        charts_html(_curriculum_charts(curves), "No group had ended when the metrics were last written."),
+        charts_html(
+            _curriculum_charts(curves),
+            "No group had ended when the metrics were last written.",
+            curriculum_maps(curves, "family", "updates", "learner steps"),
+        ),
         "<h2>Policy</h2>",
         charts_html(_policy_charts(curves), "No update had been made when the metrics were last written."),
         "<h2>Staleness and weight synchronisation</h2>",

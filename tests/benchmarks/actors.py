@@ -24,6 +24,7 @@ from replay.security import flight_client
 from replay.shard import ShardSpec
 from replay.writers import FlightWriter
 from tests.benchmarks import run_child
+from tests.benchmarks.actors_tasks import measure_tasks
 
 ROUNDS = 10  # each measures everything once, so that a machine that drifts drifts for all
 
@@ -33,6 +34,9 @@ def bench(config: RunConfig, *, seconds: float) -> dict[str, Any]:
 
     The actor runs a policy, a rollout and a writer to a shard in another process through Arrow Flight. Bare EnvPool is
     the better of its synchronous and asynchronous mode, with its default threads and random actions made beforehand.
+
+    Under `tasks` stands what lanes cost that play one task or many in turn, on environments of their own choice
+    (`measure_tasks`): the time for that, a third of `seconds`, comes on top.
 
     Args:
         config: environment, actor, algorithm and replay settings; an EnvPool environment with continuous actions.
@@ -102,6 +106,7 @@ def _measure(config: RunConfig, seconds: float) -> dict[str, Any]:
         "batch_size": config.actors.batch_size,
         "rows_per_write": config.actors.rows_per_write,
         "seconds": seconds,
+        "tasks": measure_tasks(seconds=seconds / 3, threads=config.actors.threads),
     }
 
 

@@ -26,8 +26,8 @@ from tests.benchmarks.curves import COLOURS, POLL_S, RESULTS, ROOT, _end, _png, 
 DIFFICULTY: dict[str, tuple[str, ...]] = {
     "uniform": ("--curriculum.draw=uniform", "--curriculum.filter=none"),
     "uniform + band": ("--curriculum.draw=uniform", "--curriculum.filter=band"),
-    "drawn": ("--curriculum.draw=band", "--curriculum.filter=none"),
-    "drawn + band": ("--curriculum.draw=band", "--curriculum.filter=band"),
+    "drawn": ("--curriculum.draw=band", "--curriculum.sharpness=2.0", "--curriculum.filter=none"),
+    "drawn + band": ("--curriculum.draw=band", "--curriculum.sharpness=2.0", "--curriculum.filter=band"),
 }
 STALE = ("--actors.hold_back=8", "--learners.minibatches=4", "--curriculum.filter=none", "--learners.publish_every=1")
 STALENESS: dict[str, tuple[str, ...]] = {
