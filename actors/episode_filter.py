@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -116,7 +116,7 @@ class EpisodeFilter:
         number = self._order[lane].popleft()
         group = self._groups[number]
         group.arrived += 1
-        group.held.append((lane, np.concatenate(self._open.pop(lane))))
+        group.held.append((lane, _joined(self._open.pop(lane))))
         self._release(number)
 
     def _release(self, number: int) -> None:
@@ -146,4 +146,10 @@ class EpisodeFilter:
                 self._due.popleft()
             room = None if room is None else room - len(part)
         if rows:
-            self._writer.append(np.concatenate(lanes), np.concatenate(rows))
+            self._writer.append(np.concatenate(lanes), _joined(rows))
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts; np.concatenate alone would pack the fields anew, and a table would not take them."""
+    rows = np.empty(sum(map(len, parts)), parts[0].dtype)
+    return np.concatenate(parts, out=rows)

@@ -42,6 +42,7 @@ millrace: distributed actor-learner system for online reinforcement learning
   millrace bench curves [--only PATTERN] [--seeds 3] [--jobs 2] [--folder DIR] [--plot-only] [--save] [--json]
   millrace bench llm [--seconds S] [--only PATTERN] [--save] [--json]
   millrace bench difficulty [--subject difficulty|staleness] [--seeds 3] [--updates 200] [--jobs 2] [--save] [--json]
+  millrace bench tasks [--curricula uniform band] [--seeds 3] [--jobs 2] [--folder DIR] [--plot-only] [--save] [--json]
   millrace bench curriculum [--tasks N] [--groups N] [--seeds 3] [--save] [--json]
   millrace clean [--directory DIR] [--yes] [--json]                     list (--yes: remove) storage of dead runs
 
@@ -285,11 +286,11 @@ def _replay(words: Sequence[str]) -> int:
 
 
 def _bench(words: Sequence[str]) -> int:
-    names = ["actors", "train", "replay", "learner", "curves", "llm", "difficulty", "curriculum"]
-    own = ("replay", "learner", "curves", "llm", "difficulty", "curriculum")  # these take no settings of a run
+    names = ["actors", "train", "replay", "learner", "curves", "llm", "difficulty", "curriculum", "tasks"]
+    own = ("replay", "learner", "curves", "llm", "difficulty", "curriculum", "tasks")  # these take no settings of a run
     if {"-h", "--help"} & set(words) and words[0] not in own:
         print("millrace bench actors|train [CONFIG] [--SETTING VALUE …] [--seconds S] [--json]")
-        print("millrace bench replay|learner|curves|llm|difficulty|curriculum [--help | …]")
+        print("millrace bench replay|learner|curves|llm|difficulty|curriculum|tasks [--help | …]")
         return 0
     if not words or words[0] not in names:
         close = nearest(words[0], names) if words else None

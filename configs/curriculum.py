@@ -38,7 +38,11 @@ class CurriculumSettings(Settings):
     )
     kwargs: dict[str, Scalar] = setting({}, "Arguments passed on to a curriculum of your own.", unit="name value")
     floor: float = setting(
-        0.1, "Share of the draws that stays uniform, so that every task is tried again; staged draws unlocked stages alone.", unit="share", ge=0.0, le=1.0
+        0.1,
+        "Share of the draws that stays uniform, so that every task is tried again; staged draws unlocked stages alone.",
+        unit="share",
+        ge=0.0,
+        le=1.0,
     )
     filter: Literal["none", "band"] = setting(
         "band",

@@ -29,7 +29,14 @@ settings.load_profile("millrace")
 
 
 # Whole runs, killed ones among them: a run tells of what a dead one has left, so tests of them do not run beside each other.
-WHOLE_RUNS = ("test_cli", "test_replay_faults", "test_replay_service", "test_ray_run", "test_ray_llm", "test_ray_head_restart")
+WHOLE_RUNS = (
+    "test_cli",
+    "test_replay_faults",
+    "test_replay_service",
+    "test_ray_run",
+    "test_ray_llm",
+    "test_ray_head_restart",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
