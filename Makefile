@@ -3,9 +3,8 @@
 PYTHON ?= python3
 # Another pip index for torch alone, such as https://download.pytorch.org/whl/cpu: its default build on Linux is for CUDA.
 TORCH_INDEX ?=
-# Processes beside this one that the tests run in; those that start whole runs stay in one of them. 2 take little more than half
-# the time, and tests of faults then share the cores with others, which they do not always bear.
-WORKERS ?= 0
+# Processes that the tests run in; those that start whole runs, and kill them, come afterwards and have the machine to themselves.
+WORKERS ?= 2
 # Passed on: `make demo ARGS="--seed 3"`, `make test ARGS="-k config"`.
 ARGS ?=
 
@@ -30,7 +29,7 @@ help:
 	@echo
 	@echo "PYTHON=python3.12        the Python that .venv is made with, 3.11 or newer"
 	@echo "TORCH_INDEX=https://…    a pip index for torch alone, such as https://download.pytorch.org/whl/cpu"
-	@echo "WORKERS=2                tests in two processes: faster, and less sure"
+	@echo "WORKERS=2                processes that the tests run in; 0 is this one, for debuggers"
 	@echo "ARGS=\"--seed 3\"          passed on to millrace train (demo) or pytest (test, test-all)"
 
 demo: $(BASE)
@@ -46,11 +45,15 @@ lint: $(TESTS)
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
+# Exit code 5: ARGS leave none of the tests of a part.
+PYTEST := $(BIN)/python -m pytest -q
 test: lint
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup $(ARGS)
+	@$(PYTEST) -n $(WORKERS) --dist loadgroup -m "not slow and not whole_run" $(ARGS) || test $$? -eq 5
+	@$(PYTEST) -m "not slow and whole_run" $(ARGS) || test $$? -eq 5
 
 test-all: lint
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "slow or not slow" $(ARGS)
+	@$(PYTEST) -n $(WORKERS) --dist loadgroup -m "not whole_run" $(ARGS) || test $$? -eq 5
+	@$(PYTEST) -m "whole_run" $(ARGS) || test $$? -eq 5
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -172,7 +172,7 @@ class SubPools:
         """
         self._clock += 1
         missing = list(lanes)
-        pools = self._pools.setdefault(task, [])
+        pools = self._pools.get(task, [])
         for pool in pools:
             self._fill(pool, missing)
         if missing and self._make_room():
@@ -181,6 +181,7 @@ class SubPools:
             pool = self._build(task, min(wanted, len(self._pool) - there))
             # The largest in front, to be filled first.
             pools.insert(0, pool)
+            self._pools[task] = pools
             self._fill(pool, missing)
         return len(lanes) - len(missing)
 
@@ -222,6 +223,8 @@ class SubPools:
             return False
         oldest = min(idle, key=lambda pool: pool.used)
         self._pools[oldest.task].remove(oldest)
+        if not self._pools[oldest.task]:  # of many tasks few have pools at a time
+            del self._pools[oldest.task]
         oldest.env.close()
         return True
 

@@ -293,14 +293,12 @@ def _metadata(config: RunConfig, checkpoint: Checkpoint, spaces: SpaceMap) -> di
     """What the file says of itself."""
     metadata: dict[str, Any] = {
         "run": config.name or "",
-        "environment": config.tasks.source or list(config.tasks.ids) or config.env.id
-        if config.has_tasks
-        else config.env.id,
+        "environment": config.env_names if len(config.env_names) > 1 else config.env_names[0],
         "algorithm": config.algorithm.name,
         "policy_version": _policy_version(checkpoint),
         "env_steps": checkpoint.env_steps,
         "updates": checkpoint.updates,
-        "mean_return": checkpoint.eval_mean_return,
+        "success" if config.has_tasks else "mean_return": checkpoint.eval_mean_return,
         "chunk": config.algorithm.chunk,
         "stack": config.env.stack,
     }

@@ -153,13 +153,14 @@ def make_desk(config: RunConfig, tasks: TaskSet[EnvTask]) -> Desk:
     from cluster.curriculum.drawing import make_drawing
     from cluster.curriculum.tracker import Tracker
 
-    settings = config.curriculum
-    tracker = Tracker(families_of(tasks), discount=settings.discount)
+    settings, size = config.curriculum, episodes_in_group(config)
+    # The setting is per episode, the tracker's per group; above 0, which large groups would come to.
+    tracker = Tracker(families_of(tasks), discount=max(1e-9, settings.discount**size))
     stages = np.array([task.stage for task in tasks], np.int64)
     drawing = make_drawing(
         settings, tracker, group_size=settings.group_size, seed=seed_of(config, "desk"), stages=stages
     )
-    return Desk(tasks, tracker, drawing, group_size=episodes_in_group(config), names=("episodes", "steps"))
+    return Desk(tasks, tracker, drawing, group_size=size, distinct=False, names=("episodes", "steps"))
 
 
 def episodes_in_group(config: RunConfig) -> int:

@@ -34,6 +34,7 @@ from replay.shard import Shard
 from replay.writers import CallWriter
 
 ROW_STEPS = 200  # environment steps between two metrics rows: by steps, so that two runs report at the same moments
+MOST_TAKEN = 10  # times as many steps are taken between two rows, where a filter keeps few of them or none
 
 
 @dataclass
@@ -189,20 +190,23 @@ class SyncRun:
 
     def _train(self, stopping: threading.Event) -> str:
         every = max(ROW_STEPS, self._config.lanes)
-        next_row = 0
+        has_filter = self._config.has_tasks and self._config.curriculum.filter != "none"
+        next_row = taken = 0
         tables = [shard.table(parts.TABLE) for shard in self._shards]
         before = self._head.counts.env_steps - sum(table.inserted for table in tables)  # of steps not kept
         while True:
             for rollout, _ in self._actors:
                 if rollout.version != self._version:
                     rollout.set_policy(self._version, self._weights)
-                if rollout.step() and self._first_step is None:
+                taken += rollout.step()
+                if taken and self._first_step is None:
                     self._first_step = time.monotonic()
             self._report()
             self._update()
             steps = before + sum(table.inserted for table in tables)
-            if steps >= min(next_row, self._head.next_due) or stopping.is_set():
-                next_row = steps - steps % every + every
+            late = has_filter and taken >= MOST_TAKEN * every
+            if steps >= min(next_row, self._head.next_due) or late or stopping.is_set():
+                next_row, taken = steps - steps % every + every, 0
                 self._tick()
                 if self._head.evaluation_due():
                     self._loop.publish()

@@ -385,12 +385,17 @@ class RunConfig(CommonSettings):
 
     @property
     def env_name(self) -> str:
-        """What is played, in a few words: `env.id`, or the first of the tasks and how many more there are."""
+        """What is played, in a few words: `env.id`, or the first of the tasks' ids and how many more there are."""
+        first, *more = self.env_names
+        return f"{first} and {len(more)} more" if more else first
+
+    @property
+    def env_names(self) -> list[str]:
+        """The different ids of what is played; of tasks from a file or a generator its name alone."""
         tasks = self.tasks
         if tasks.source is not None:
-            return tasks.source
-        ids = list(dict.fromkeys(tasks.ids or [row.id or self.env.id for row in tasks.list] or [self.env.id]))
-        return ids[0] if len(ids) == 1 else f"{ids[0]} and {len(ids) - 1} more"
+            return [tasks.source]
+        return list(dict.fromkeys(tasks.ids or [row.id or self.env.id for row in tasks.list] or [self.env.id]))
 
     @property
     def lanes(self) -> int:

@@ -39,12 +39,14 @@ WHOLE_RUNS = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, those of a file stay together: they share fixtures."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            name = item.path.stem
-            item.add_marker(pytest.mark.xdist_group("whole_runs" if name in WHOLE_RUNS else name))
+    """Mark the tests of whole runs. Where tests run in several processes, those of a file stay together: they share fixtures."""
+    for item in items:
+        if item.path.stem in WHOLE_RUNS:
+            item.add_marker(pytest.mark.whole_run)
+        if config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)

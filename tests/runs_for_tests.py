@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+
+from cluster.curriculum.curricula import Curriculum
+from cluster.curriculum.records import Records
+from configs.tasks import EnvTaskRow
 
 ROOT = Path(__file__).parents[1]
 PENDULUM_STEPS = 200  # after which every episode is truncated
@@ -107,9 +111,8 @@ def head_counts(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def recount(checkpoint: Path) -> tuple[int, int]:
-    """(items, whole Pendulum episodes) in the replay files of a checkpoint, counted row by row."""
-    items = episodes = 0
+def lanes(checkpoint: Path, *columns: str) -> Iterator[pa.Table]:
+    """Columns of the rows of each lane in the replay files of a checkpoint, oldest first, from segments that follow on each other."""
     for folder in sorted((checkpoint / "replay").glob("shard-*")):
         (manifest,) = folder.glob("manifest-*.json")
         files = [record["name"] for record in json.loads(manifest.read_text())["files"]]
@@ -118,18 +121,58 @@ def recount(checkpoint: Path) -> tuple[int, int]:
         segments = {s["segment"]: s for s in readers[index].read_all().to_pylist()}
         followers = {s["next_segment"] for s in segments.values()}
         for first in segments.keys() - followers:
-            last: list[bool] = []
+            parts = []
             at: int = first
             while at in segments:  # a lane, from its first segment on
                 s = segments[at]
-                last += (
-                    readers[s["file"]].get_batch(s["batch"]).slice(s["row"], s["rows"]).column("is_last").to_pylist()
-                )
+                rows = readers[s["file"]].get_batch(s["batch"]).slice(s["row"], s["rows"])
+                parts.append(rows.select(list(columns)))
                 at = s["next_segment"]
-            items += sum(not ended for ended in last[:-1])
-            ends = [row for row, ended in enumerate(last) if ended]
-            episodes += sum(b - a == PENDULUM_STEPS + 1 for a, b in zip([-1, *ends], ends, strict=False))
+            yield pa.Table.from_batches(parts)
+
+
+def recount(checkpoint: Path) -> tuple[int, int]:
+    """(items, whole Pendulum episodes) in the replay files of a checkpoint, counted row by row."""
+    items = episodes = 0
+    for lane in lanes(checkpoint, "is_last"):
+        last = lane["is_last"].to_pylist()
+        items += sum(not ended for ended in last[:-1])
+        ends = [row for row, ended in enumerate(last) if ended]
+        episodes += sum(b - a == PENDULUM_STEPS + 1 for a, b in zip([-1, *ends], ends, strict=False))
     return items, episodes
+
+
+def episodes_of_tasks(checkpoint: Path) -> tuple[list[tuple[int, int]], set[int]]:
+    """(task, steps) of every finished episode of `many_tasks` in the replay files of a checkpoint; the tasks of those cut off."""
+    finished, cut_off = [], set()
+    for lane in lanes(checkpoint, "is_last", "is_terminal", "task"):
+        rows = lane.to_pylist()
+        begin = 0
+        for number, row in enumerate(rows):
+            if not row["is_last"] and number + 1 < len(rows):
+                continue
+            assert {row["task"] for row in rows[begin : number + 1]} == {row["task"]}, "an episode is of one task"
+            if row["is_terminal"]:
+                finished.append((row["task"], number - begin))
+            else:  # the shard has closed it when the actor stopped
+                cut_off.add(row["task"])
+            begin = number + 1
+    return finished, cut_off
+
+
+def many_tasks(count: int) -> Iterator[EnvTaskRow]:
+    """So many tasks, all of CartPole and alike; they differ in an argument without effect on so short episodes."""
+    for number in range(count):
+        yield EnvTaskRow.model_construct(id="CartPole-v1", kwargs={"max_episode_steps": 1000 + number}, threshold=20.0)
+
+
+class Untried(Curriculum):
+    """A curriculum of a user's own: every task once."""
+
+    floor = 0.0
+
+    def weights(self, records: Records) -> np.ndarray:
+        return np.where(records.attempts > 0, 0.0, 1.0)
 
 
 def session(leader: int) -> list[psutil.Process]:

@@ -232,8 +232,9 @@ def test_a_full_disk_costs_the_entries_it_did_not_take_and_is_told(tmp_path: Pat
     assert (again.metrics()["waste/sampled_episodes"], again.metrics()["outcomes_lost"]) == (2, 1)
 
 
-def test_the_curriculum_has_changed_when_half_of_the_draws_go_elsewhere() -> None:
+def test_the_curriculum_has_changed_when_half_of_the_draws_go_elsewhere(tmp_path: Path) -> None:
     desk = make(draw="uniform")
+    begin_journal(desk, tmp_path, None, tell=quiet)
     numbers = iter(range(10**9))
     desk._choose = lambda count: [(next(numbers) % 4, 0.0) for _ in range(count)]  # type: ignore[method-assign]
     for _ in range(3):
@@ -249,8 +250,27 @@ def test_the_curriculum_has_changed_when_half_of_the_draws_go_elsewhere() -> Non
         desk.take("a", RECENT)
         desk.metrics()
     assert desk.changes == 1
+    # One that a killed head has counted is not counted again, or taken back: evaluations are compared across it.
+    again = make(draw="uniform")
+    recover_desk(again, tmp_path, tell=quiet)
+    again._choose = desk._choose  # type: ignore[method-assign]
+    for _ in range(6):
+        assert again.changes == 1
+        again.take("a", RECENT)
+        again.metrics()
     assert CHANGED == 0.5
     assert RESERVED > RECENT
+
+
+def test_a_stage_that_is_unlocked_is_one_change_however_many_draws_it_moves() -> None:
+    desk = make(draw="staged")
+    reported = 0
+    for turn in range(200):
+        found = [outcome(one, int(turn >= 50)) for one in desk.take("a", RECENT // 10)]
+        reported = desk.report("a", reported, found)
+        desk.metrics()
+    assert desk._drawing.changes == len(TASKS) - 1
+    assert desk.changes == desk._drawing.changes
 
 
 def test_a_client_never_waits_and_loses_nothing_while_the_head_is_away() -> None:

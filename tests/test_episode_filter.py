@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from actors.envs import check_env
 from actors.episode_filter import EpisodeFilter
+from configs.schema import EnvSettings
+from learners.policy import TASK
 from replay.schema import Field, StepSchema
 from tests.test_rollout import Sink
 
@@ -140,6 +143,31 @@ def test_a_kept_group_is_handed_on_by_pieces() -> None:
     assert sizes == [4, 4, 2]
     np.testing.assert_array_equal(sink.lanes()[4], held[0])
     np.testing.assert_array_equal(sink.lanes()[5], held[1])
+
+
+def test_rows_keep_the_layout_of_their_table() -> None:
+    """Fields of an environment's rows do not lie in the order in which they are named, nor without gaps between them."""
+    schema = check_env(EnvSettings(id="MiniGrid-Empty-Random-5x5-v0")).with_extra(Field(TASK, "int32"))
+    offsets = [schema.dtype.fields[name][1] for name in schema.dtype.names or ()] if schema.dtype.fields else []
+    assert offsets != sorted(offsets)
+    rows = schema.zeros(9)
+    for name in schema.dtype.names or ():
+        rows[name] = np.random.default_rng(0).integers(0, 100, rows[name].shape)
+    for name in ("is_first", "is_last", "is_terminal"):
+        rows[name] = False
+    rows["is_first"][[0, 4]] = rows["is_last"][[3, 8]] = True
+    sink = Sink()
+    writer = EpisodeFilter(sink, judge, rows_per_write=100)
+    writer.end(0, 1)
+    writer.end(0, 1)
+    for piece in (rows[:2], rows[2:6], rows[6:]):
+        writer.append(np.zeros(len(piece), np.int32), piece.copy())
+    assert writer.settle(1, 1, 2) == "kept"
+    writer.flush()
+    ((lanes, written),) = sink.writes
+    assert written.dtype == schema.dtype
+    np.testing.assert_array_equal(written, rows)
+    assert lanes.tolist() == [0] * 9
 
 
 def test_what_the_other_writer_waits_for_is_told() -> None:

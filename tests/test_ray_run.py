@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.flight as flight
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from cluster.checkpoint import Checkpoints, load_tensors
+from cluster.files import read_json
 from cluster.metrics import read_metrics
 from cluster.runs import RunFolder
 from replay.security import Security, flight_client
@@ -272,6 +274,60 @@ def test_shards_that_are_killed_come_back_with_every_step(
     batches = 2 * (config.replay.prefetch + 1) / config.learners.updates_per_step
     assert abs(ahead) <= config.error_buffer + 3 * (batches + config.actors.rows_per_write)
     wait_until_gone(lambda: list(ray_cluster.workers()))
+
+
+@pytest.mark.slow
+def test_a_run_with_tasks_survives_deaths_and_its_record_goes_on_when_it_is_resumed(
+    ray_cluster: RayCluster, start: Started, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "a"
+    settings = {
+        "--env.id": "CartPole-v1",
+        "--tasks.product": "max_episode_steps=20,30,40,500",
+        "--tasks.threshold": "10",
+    }
+    settings |= {"--curriculum.draw": "level_replay", "--curriculum.filter": "band", "--curriculum.group_size": "4"}
+    settings |= {"--algorithm.name": "dqn", "--algorithm.hidden": "16", "--learners.batch_size": "32", "--name": "a"}
+    settings |= {"--learners.updates_per_step": "0.25", "--replay.min_size": "200", "--actors.random_steps": "200"}
+    settings |= {"--stop.steps": "1e9", "--eval.every": "0", "--checkpoints.every_s": "1"}
+    process = start(*(word for pair in settings.items() for word in pair), *TWO_OF_EACH, *GENTLE, cluster=ray_cluster)
+    runs.wait_for(lambda: [c for c in Checkpoints(run / "checkpoints").all() if c.updates], process)
+    for name in ("actor 1", "learner"):
+        dead = runs.pids(run)[name]
+        os.kill(dead, signal.SIGKILL)
+        runs.wait_for(lambda name=name, dead=dead: runs.pids(run)[name] != dead, process)  # type: ignore[misc]
+    written = len(runs.events(run, "checkpoint"))
+    runs.wait_for(lambda: len(runs.events(run, "checkpoint")) > written + 2, process)
+    process.send_signal(signal.SIGTERM)
+    ended(process, tmp_path)
+    assert runs.summary(run)["restarts"] == 2
+    first = record_of_tasks(runs.newest_checkpoint(run))
+    assert len(first["reported"]) == 3  # by two actors, and by the one that took the place of a dead one
+
+    process = start("--resume", str(run), cluster=ray_cluster)
+    runs.wait_for(lambda: len(runs.events(run, "start")) == 2, process)
+    written = len(runs.events(run, "checkpoint"))
+    runs.wait_for(lambda: len(runs.events(run, "checkpoint")) > written + 1, process)
+    process.send_signal(signal.SIGTERM)
+    ended(process, tmp_path)
+    second = record_of_tasks(runs.newest_checkpoint(run))
+    assert second["next_group"] > first["next_group"]
+    assert first["reported"].items() < second["reported"].items()
+    wait_until_gone(lambda: list(ray_cluster.workers()))
+
+
+def record_of_tasks(checkpoint: Path) -> dict[str, Any]:
+    """What the desk has of groups of 4 episodes, each counted alike in all places; the learner has told losses."""
+    desk: dict[str, Any] = read_json(checkpoint / "desk.json")
+    tracker = load_tensors(checkpoint / "tracker.safetensors")[0]
+    reported = sum(desk["reported"].values())
+    assert tracker["tracker.attempts"].sum() == 4 * reported
+    groups, episodes, steps = np.sum(list(desk["waste"].values()), axis=0)
+    assert (groups, episodes) == (reported, 4 * reported)
+    assert 0 < desk["waste"]["kept"][2] < steps
+    assert np.isfinite(tracker["tracker.losses"]).any()
+    assert runs.recount(checkpoint)[0] == runs.head_counts(checkpoint)["env_steps"]
+    return desk
 
 
 @pytest.mark.slow

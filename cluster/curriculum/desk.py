@@ -40,18 +40,22 @@ class Desk:
         drawing: Drawing,
         *,
         group_size: int,
+        distinct: bool = True,
         names: tuple[str, str] = ("completions", "tokens"),
     ) -> None:
         """
         tasks: the run's.
         tracker, drawing: of these tasks; the desk alone writes to them from now on.
         group_size: attempts of a whole group.
+        distinct: whether no task comes twice in one call of `take`, as far as there are as many; where tasks are few, that
+            would even out what is drawn the more, the more are asked for at once.
         names: what attempts and their units are called in metrics.
         """
         self._tasks = tasks
         self._tracker = tracker
         self._drawing = drawing
         self._group_size = group_size
+        self._distinct = distinct
         self._names = names
         self.waste = Waste()
         self.journal: Journal | None = None  # where reports are written before they are acknowledged
@@ -66,6 +70,7 @@ class Desk:
         self._drawn_at_change: np.ndarray | None = None  # shares of the draws when the curriculum last changed
         self._since_change = 0  # draws
         self._own_changes = 0
+        self._drawing_changes = drawing.changes  # when last looked
 
     # ------------------------------------------------------------------------------------------- for actors
 
@@ -189,6 +194,7 @@ class Desk:
             self._own_changes, self._since_change = int(about["own_changes"]), int(about["since_change"])
             self.waste = Waste.from_state(about["waste"])
             self._drawn = np.array(arrays["drawn"])
+            self._drawing_changes = self._drawing.changes
             before = arrays.get("drawn_at_change")
             self._drawn_at_change = None if before is None else np.array(before)
 
@@ -201,6 +207,8 @@ class Desk:
                     outcomes = [Outcome(*values) for values in entry["outcomes"]]
                     self._take_in(entry["actor"], entry["first"], outcomes)
                     count += len(outcomes)
+                elif "changed_to" in entry:
+                    self._take_in_change(np.array(entry["changed_to"]))
                 elif "tasks" in entry:
                     self._take_in_scores(*(np.array(entry[name]) for name in ("tasks", "sums", "windows")))
                 else:
@@ -211,7 +219,7 @@ class Desk:
 
     def _choose(self, count: int) -> list[tuple[int, float]]:
         """The tasks that are handed out next, each with its hint."""
-        return [(int(number), 0.0) for number in self._drawing.draw(count)]
+        return [(int(number), 0.0) for number in self._drawing.draw(count, distinct=self._distinct)]
 
     def _learnt_of(self, outcomes: Sequence[Outcome]) -> None:
         """Whatever else a kind of run makes of new outcomes."""
@@ -264,14 +272,23 @@ class Desk:
             self._since_change += len(numbers)
 
     def _look_for_change(self) -> None:
+        if self._drawing.changes != self._drawing_changes:
+            # What it counts itself moves the draws as well, and is one change.
+            self._drawing_changes = self._drawing.changes
+            self._drawn_at_change, self._since_change = None, 0
         if self._since_change < RECENT:
             return
         shares = self._drawn / self._drawn.sum()
         if self._drawn_at_change is None:
             self._drawn_at_change = shares
         elif 0.5 * np.abs(shares - self._drawn_at_change).sum() > CHANGED:
-            self._drawn_at_change, self._since_change = shares, 0
-            self._own_changes += 1
+            self._write({"changed_to": self._drawn.tolist()})
+            self._take_in_change(self._drawn)
+
+    def _take_in_change(self, drawn: np.ndarray) -> None:
+        self._drawn, self._drawn_at_change = drawn, drawn / drawn.sum()
+        self._since_change = 0
+        self._own_changes += 1
 
     def _known(self) -> dict[str, np.ndarray]:
         """Figures by label, NaN where nothing is known."""

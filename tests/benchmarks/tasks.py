@@ -2,7 +2,7 @@
 
 Every run is a `millrace train` of configs/minigrid.yaml in mode sync with one thread, in a process of its own; `--jobs` run at a
 time. Curricula differ in `curriculum.draw` alone and have the same environment steps. Runs that have finished are left as they
-are, so the command can be stopped and given again. What is compared is the share of passed deterministic episodes of each level
+are, so the command can be stopped and given again. What is compared is the share of passed episodes of each level
 in the last evaluation, the hardest level being the last task of the file.
 """
 
