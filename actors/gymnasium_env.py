@@ -100,7 +100,7 @@ class GymnasiumEnv:
     ) -> None:
         """As `EnvPoolEnv`, which has no exceptions to expect: raises EnvError or UnregisteredEnv as `constructor` does."""
         self.num_envs = self.batch_size = num_envs
-        self._success = success
+        self._success, self._flag_seen = success, False
         self._id = env_id
         build = constructor(env_id, kwargs, render=render)
         # NEXT_STEP is EnvPool's rule: a finished environment is reset by the next call, whose action is void.
@@ -131,6 +131,14 @@ class GymnasiumEnv:
             observation, reward, terminated, truncated, info = self._envs.step(self._action)
         reset = self._finished
         self._finished = terminated | truncated
+        if self._success is not None:
+            self._flag_seen = self._flag_seen or self._success in info
+            if not self._flag_seen and (self._finished & ~reset).any() and "broken" not in info:
+                raise EnvError(
+                    f"an episode of {self._id!r} has ended, and info never had {self._success!r}; it has "
+                    f"{', '.join(sorted(name for name in info if not name.startswith('_'))) or 'nothing'}: correct tasks.success, "
+                    "or set a threshold"
+                )
         return EnvStep(
             env_id=self._lanes,
             observation=self._spaces.observation(observation),

@@ -20,10 +20,6 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from cluster.curriculum.curricula import Curriculum
-from cluster.curriculum.records import Records
-from configs.tasks import EnvTaskRow
-
 ROOT = Path(__file__).parents[1]
 PENDULUM_STEPS = 200  # after which every episode is truncated
 SMALL = [
@@ -158,21 +154,6 @@ def episodes_of_tasks(checkpoint: Path) -> tuple[list[tuple[int, int]], set[int]
                 cut_off.add(row["task"])
             begin = number + 1
     return finished, cut_off
-
-
-def many_tasks(count: int) -> Iterator[EnvTaskRow]:
-    """So many tasks, all of CartPole and alike; they differ in an argument without effect on so short episodes."""
-    for number in range(count):
-        yield EnvTaskRow.model_construct(id="CartPole-v1", kwargs={"max_episode_steps": 1000 + number}, threshold=20.0)
-
-
-class Untried(Curriculum):
-    """A curriculum of a user's own: every task once."""
-
-    floor = 0.0
-
-    def weights(self, records: Records) -> np.ndarray:
-        return np.where(records.attempts > 0, 0.0, 1.0)
 
 
 def session(leader: int) -> list[psutil.Process]:

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from actors.envs import EnvError, EnvStep, VectorEnv, check_env, make_env
-from actors.gymnasium_env import MAX_FAILURES
+from actors.gymnasium_env import MAX_FAILURES, GymnasiumEnv
 from actors.spaces import lane_seeds
 from configs.schema import EnvSettings
 from replay.schema import Field
@@ -286,3 +286,15 @@ def test_check_leaves_nothing_behind() -> None:
     assert process.num_threads() > before[0]
     env.close()
     assert process.num_threads() == before[0]
+
+
+def test_a_flag_of_success_that_info_never_has_is_an_error() -> None:
+    env = GymnasiumEnv("CartPole-v1", {}, num_envs=2, seed=0, success="won")
+    env.start()
+    with pytest.raises(
+        EnvError, match="info never had 'won'; it has nothing; correct tasks.success, or set a threshold"
+    ):
+        for _ in range(600):
+            result = env.recv()
+            env.send(np.zeros(2, np.int64), result.env_id)
+    env.close()

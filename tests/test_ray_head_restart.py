@@ -34,8 +34,8 @@ GENTLE = ["--actors.cpus", "0.5", "--actors.threads", "1"]
 CONTROL = ["pendulum_sac", *runs.SMALL, *GENTLE, "--name", "a", "--learners.updates_per_step", "0.25"]
 LLM = ["countdown", *WORDS, *(word for pair in SETTINGS.items() for word in pair)]
 TASKS = [  # each task is drawn once
-    *("--tasks.source", "tests.runs_for_tests:many_tasks", "--tasks.kwargs", "count=20000", "--name", "a"),
-    *("--curriculum.draw", "tests.runs_for_tests:Untried", *GENTLE, "--actors.envs", "4", "--env.id", "CartPole-v1"),
+    *("--tasks.source", "tests.tasks_for_tests:many_tasks", "--tasks.kwargs", "count=20000", "--name", "a"),
+    *("--curriculum.draw", "tests.tasks_for_tests:Untried", *GENTLE, "--actors.envs", "4", "--env.id", "CartPole-v1"),
     *("--algorithm.name", "dqn", "--algorithm.hidden", "16", "--learners.updates_per_step", "1"),
     *("--learners.batch_size", "32", "--replay.min_size", "200", "--actors.random_steps", "200"),
     *("--replay.capacity", "131072", "--stop.steps", "1e9", "--eval.every", "0", "--report_every_s", "0.25"),
