@@ -27,6 +27,9 @@ class Counts(CommonCounts):
     episodes: int = 0
     broken_episodes: int = 0
     trained_steps: int = 0  # environment steps taken during `trained_s`
+    unassigned_steps: int = (
+        0  # of episodes that no task was assigned for, as the head had no time: they are not reported
+    )
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,7 @@ class Head(Books):
         for name, stats in moment.actors.items():
             counts.episodes += int(self._delta(name, stats, "episodes"))
             counts.broken_episodes += int(self._delta(name, stats, "broken_episodes"))
+            counts.unassigned_steps += int(self._delta(name, stats, "unassigned_steps"))
             self._add_seconds("actor", name, stats, "")
             if (extent := stats.get("return_extent")) is not None:
                 low, high = self.return_extent or extent
@@ -226,6 +230,7 @@ class Head(Books):
             "env_steps": counts.env_steps,
             "episodes": counts.episodes,
             "broken_episodes": counts.broken_episodes,
+            **({"unassigned_steps": counts.unassigned_steps} if self.config.has_tasks else {}),
         }
 
     def _trained(self, work: int, seconds: float) -> dict[str, float]:

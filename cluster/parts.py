@@ -492,12 +492,15 @@ def learner_status(loop: LearnerLoop[Any]) -> dict[str, Any]:
     }
 
 
-def actor_status(rollout: Rollout, writers: Sequence[Writer], *, after: int) -> dict[str, Any]:
-    """Counters of an actor, its episodes from index `after` on, and what it waits for."""
+def actor_status(
+    rollout: Rollout, writers: Sequence[Writer], *, after: int, tasks: TaskEnv | None = None
+) -> dict[str, Any]:
+    """Counters of an actor and of its environments of `tasks`, its episodes from index `after` on, and what it waits for."""
     # A copy first: the rollout appends meanwhile.
     episodes = [e for e in list(rollout.episodes) if e.index >= after]
     return {
         **rollout.stats(),
+        **({} if tasks is None else tasks.stats()),
         "version": rollout.version,
         "returns": [e.return_ for e in episodes],
         "lengths": [e.length for e in episodes],

@@ -243,6 +243,14 @@ class ControlHeadWorker(RunHead):
             self._told_extent = extent
             self._children["learner"].worker.observe_returns.remote(*extent)
 
+    def _stall(self) -> str | None:
+        """As `RunHead._stall`, with what the filter has thrown away."""
+        line = super()._stall()
+        if line is None or not self._desk.is_open or self._config.curriculum.filter == "none":
+            return line
+        share = self._desk.desk.metrics()["waste/share"]
+        return f"{line}; curriculum.filter has thrown away {100 * share:.0f} % of the steps sampled"
+
     def _ask_desk(self) -> dict[str, float]:
         """The desk's metrics, once it was told of the learner's losses."""
         if not self._desk.is_open:

@@ -239,7 +239,7 @@ class ActorWorker:
 
     def status(self, after: int) -> dict[str, Any]:
         """As `cluster.parts.actor_status`, with the error that ended the stepping, if one did."""
-        status = parts.actor_status(self._rollout, self._writers, after=after)
+        status = parts.actor_status(self._rollout, self._writers, after=after, tasks=self._task_env)
         asking = {} if self._asking is None else self._asking.failure()
         return {**status, "first_step_at": self._first_step_at, **asking, **self._stepping.failure()}
 

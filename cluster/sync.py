@@ -231,7 +231,12 @@ class SyncRun:
 
     def _tick(self, *, ending: bool = False) -> None:
         actors = {
-            f"actor {index}": parts.actor_status(rollout, writers, after=self._next_episode[index])
+            f"actor {index}": parts.actor_status(
+                rollout,
+                writers,
+                after=self._next_episode[index],
+                tasks=self._task_envs[index].env if self._task_envs else None,
+            )
             for index, (rollout, writers) in enumerate(self._actors)
         }
         self._next_episode = [int(status["next_episode"]) for status in actors.values()]

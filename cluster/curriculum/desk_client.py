@@ -19,7 +19,7 @@ class DeskClient:
         """ahead: assignments to be at hand beyond those that were asked for and not there."""
         self._ahead = ahead
         self._assigned: deque[Assignment[Any]] = deque()
-        self._missing = 0  # assignments that were asked for last and not there
+        self._missing = 0  # assignments that were asked for since the last answer and not there, `ahead` at most
         self._outcomes: deque[Outcome] = deque()  # that the head may not have, oldest first
         self._first = 0  # number of the oldest of them
         self._held = 0  # assignments received whose outcome was not added yet
@@ -28,7 +28,8 @@ class DeskClient:
     def ask(self, count: int) -> list[Assignment[Any]]:
         """At most `count` assignments, those that are there."""
         found = [self._assigned.popleft() for _ in range(min(count, len(self._assigned)))]
-        self._missing = count - len(found)
+        with self._lock:
+            self._missing = min(self._ahead, self._missing + count - len(found))
         return found
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
@@ -45,8 +46,8 @@ class DeskClient:
             head does not answer. It is asked again then, with the same outcomes.
         """
         with self._lock:
-            first, outcomes, held = self._first, list(self._outcomes), self._held
-        want = max(0, self._ahead + self._missing - len(self._assigned)) if fetch else 0
+            first, outcomes, held, missing = self._first, list(self._outcomes), self._held, self._missing
+        want = max(0, self._ahead + missing - len(self._assigned)) if fetch else 0
         if not want and not outcomes:
             return False
         answer = call(first, outcomes, want, held)
@@ -57,5 +58,6 @@ class DeskClient:
                     self._outcomes.popleft()
                 self._first = following
                 self._held += len(given)
+                self._missing -= missing
             self._assigned.extend(given)
         return True
