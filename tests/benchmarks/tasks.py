@@ -2,8 +2,8 @@
 
 Every run is a `millrace train` of configs/minigrid.yaml in mode sync with one thread, in a process of its own; `--jobs` run at a
 time. Curricula differ in `curriculum.draw` alone and have the same environment steps. Runs that have finished are left as they
-are, so the command can be stopped and given again. What is compared is the share of passed episodes of each level
-in the last evaluation, the hardest level being the last task of the file.
+are, so the command can be stopped and given again. What is compared is the share of passed episodes of each level in the evaluations
+of the last fifth of the steps, the hardest level being the last task of the file.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tests.benchmarks.curves import COLOURS, RESULTS, ROOT, CurveRun, OtherSetti
 CONFIG = ROOT / "configs" / "minigrid.yaml"
 BASE = "uniform"  # the curriculum that others are compared with
 GRID = 200  # points of a mean curve
+END = 0.8  # of the steps: evaluations from there on are the end of a run
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,12 @@ class Finished:
     success: np.ndarray  # (evaluations, levels)
     summary: dict[str, Any]
 
+    @property
+    def end(self) -> np.ndarray:
+        """Success by level, (levels,), in the mean over the evaluations of the end."""
+        found: np.ndarray = self.success[self.steps >= END * self.steps[-1]].mean(axis=0)
+        return found
+
     def line(self) -> dict[str, Any]:
         """The run as a JSON object."""
         return {
@@ -106,7 +113,8 @@ class Finished:
             "levels": self.levels,
             "steps": self.steps.tolist(),
             "success": np.round(self.success, 4).tolist(),
-            "final": dict(zip(self.levels, np.round(self.success[-1], 4).tolist(), strict=True)),
+            "end": dict(zip(self.levels, np.round(self.end, 4).tolist(), strict=True)),
+            "last_evaluation": dict(zip(self.levels, np.round(self.success[-1], 4).tolist(), strict=True)),
             **{name: self.summary.get(name) for name in ("updates", "time_s", "commit", "machine")},
         }
 
@@ -130,13 +138,13 @@ def table(found: Sequence[Finished]) -> list[dict[str, Any]]:
 
     The lead over uniform drawing is of the seeds that both have.
     """
-    base = {one.run.seed: one.success[-1, -1] for one in found if one.run.variant == BASE}
+    base = {one.run.seed: one.end[-1] for one in found if one.run.variant == BASE}
     lines = []
     for curriculum in dict.fromkeys(one.run.variant for one in found):
         mine = [one for one in found if one.run.variant == curriculum]
-        last = np.stack([one.success[-1] for one in mine])  # (seeds, levels)
+        last = np.stack([one.end for one in mine])  # (seeds, levels)
         by_level, by_level_error = mean_and_error(last)
-        over = np.array([one.success[-1, -1] - base[one.run.seed] for one in mine if one.run.seed in base])
+        over = np.array([one.end[-1] - base[one.run.seed] for one in mine if one.run.seed in base])
         lead, lead_error = mean_and_error(over) if len(over) else (np.nan, np.nan)
         throughout, _ = mean_and_error(np.array([one.success[:, -1].mean() for one in mine]))
         lines.append(
@@ -147,6 +155,7 @@ def table(found: Sequence[Finished]) -> list[dict[str, Any]]:
                 "hardest": float(by_level[-1]),
                 "hardest_error": _number(by_level_error[-1]),
                 "hardest_of_seeds": last[:, -1].tolist(),
+                "hardest_last_evaluation": float(np.mean([one.success[-1, -1] for one in mine])),
                 "over_uniform": _number(lead),
                 "over_uniform_error": _number(lead_error),
                 "hardest_over_training": float(throughout),
@@ -199,7 +208,7 @@ def draw(found: Sequence[Finished], out: Path) -> Iterator[Path]:
         grid = np.linspace(max(one.steps[0] for one in mine), min(one.steps[-1] for one in mine), GRID)
         mean, error = mean_and_error(np.stack([np.interp(grid, one.steps, one.success[:, -1]) for one in mine]))
         over_steps.append(Series(curriculum, grid, mean, colour, np.nan_to_num(error), thin=False))
-        mean, error = mean_and_error(np.stack([one.success[-1] for one in mine]))
+        mean, error = mean_and_error(np.stack([one.end for one in mine]))
         numbers = np.arange(1.0, len(mean) + 1)
         by_level.append(Series(curriculum, numbers, mean, colour, np.nan_to_num(error), markers=True, thin=False))
     seeds = max(sum(one.run.variant == curriculum for one in found) for curriculum in curricula)
