@@ -12,7 +12,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,7 +36,9 @@ from cluster.ray_children import (
     saved,
     short,
 )
+from cluster.ray_evaluations import Evaluations
 from cluster.ray_threads import process
+from cluster.ray_weights import PublishedWeights, Weights, newest_of
 from cluster.recorder import HEAD, LEARNER, Recorder
 from cluster.runs import ADDRESSES, RunFolder
 
@@ -46,7 +47,6 @@ RETRY_S = 30.0  # until a checkpoint that could not be written is tried again
 EVALUATE_S = 1800.0  # the longest that the end of a run waits for an evaluation
 STOP_S = 10.0  # how long an actor may take to stop, a learner thrice that
 LINGER_S = 60.0  # how long the head of an ended run waits for a driver to ask how it ended
-WEIGHTS_S = 60.0  # how long a new head waits for the learner's newest weights
 BORN_AHEAD = 1 << 12  # processes that a dead head may have started since its last state
 
 log = logging.getLogger(__name__)
@@ -82,12 +82,15 @@ class RunHead(ABC):
         wall_started: float,
         resume: Path | None,
         kept: Mapping[str, Any] | None = None,
+        *,
+        hold_back: int = 0,
     ) -> None:
         """
         folder: of the run; the node of the head must reach it.
         wall_started: epoch seconds at which the command was started.
         resume: folder of the checkpoint to go on from.
         kept: what a head that died has left in the folder; None for the first head of a run.
+        hold_back: how many versions actors stay behind the newest weights.
         """
         self._folder = folder
         self._config = folder.config
@@ -114,14 +117,11 @@ class RunHead(ABC):
         self._children = Children(ray.get_runtime_context().namespace, tell=self._recorder.event)
         self._addresses: list[str] = []  # of the shards
         self._ports: list[int] = []
-        self._weights: tuple[int, bytes, Any] = (0, b"", None)
-        self._weights_lock = threading.Lock()
-        self._highest_had = 0  # version of weights that an actor has said to have
-        self._unsaved_best: tuple[float, bytes] | None = None  # score and policy
+        self._weights = PublishedWeights(hold_back=hold_back)
+        self._evaluations = Evaluations(
+            head, self._children, ask=self._ask_evaluation, read=self._evaluation_of, tell=self._recorder.event
+        )
         self._tried_at = 0.0  # to write a checkpoint; monotonic
-        self._evaluation: tuple[Any, int, int, bytes] | None = None  # answer, step, version, weights
-        self._evaluate_again = False  # one was lost with a head
-        self._is_second_try = False  # of the evaluation
         self._next_warning = 0  # of learner 0
         self._first_step_told = False
         self._first_step: float | None = None  # monotonic
@@ -203,24 +203,19 @@ class RunHead(ABC):
             return False
         return self._head.checkpoint_due(time.monotonic())
 
-    def _to_evaluate(self) -> tuple[int, tuple[int, bytes, Any]]:
-        """The step and the weights (version, data, reference) of an evaluation that begins now."""
-        return self._head.step, self._weights
+    def _to_evaluate(self) -> tuple[int, Weights]:
+        """The step and the weights of an evaluation that begins now."""
+        return self._head.step, self._weights.newest
 
     # ------------------------------------------------- calls from other processes
 
     def publish(self, version: int, data: bytes) -> None:
         """The learner's new weights. They are put into the object store by the head, which outlives the learner."""
-        reference = ray.put(data)
-        with self._weights_lock:
-            if version > self._weights[0]:
-                self._weights = (version, data, reference)
+        self._weights.publish(version, data)
 
     def policy(self, have: int) -> tuple[int, Any] | None:
-        """Newest (version, reference to its weights), or None where `have` is the newest."""
-        self._highest_had = max(self._highest_had, have)
-        version, _, reference = self._weights
-        return None if version <= have else (version, reference)
+        """As `PublishedWeights.policy`."""
+        return self._weights.policy(have)
 
     def status(self, after: int) -> dict[str, Any]:
         """What was shown from number `after` on as (row, line), the number to ask for `next`, and how the run ended once it has.
@@ -321,10 +316,12 @@ class RunHead(ABC):
             reason = self._stop_asked or self._head.stop_reason()
             if reason is not None:
                 return reason
-            if self._evaluation is None and self._weights[0] and (self._evaluate_again or self._head.evaluation_due()):
-                self._begin_evaluation()
+            evaluations = self._evaluations
+            can_begin = not evaluations.is_running and self._weights.newest.version > 0
+            if can_begin and (evaluations.is_lost or self._head.evaluation_due()):
+                evaluations.begin(*self._to_evaluate())
             # Not while somebody does not answer: the checkpoint would wait for it, and nobody tell of the stall.
-            again = self._unsaved_best is not None and time.monotonic() - self._tried_at > RETRY_S
+            again = evaluations.unsaved_best is not None and time.monotonic() - self._tried_at > RETRY_S
             if (again or self._checkpoint_due()) and not self._children.silent(0.0):
                 self._checkpoint()
 
@@ -341,11 +338,11 @@ class RunHead(ABC):
         self._stop_learners()
         if not self._stop_asked:  # who asks to stop has no time for it
             self._await_evaluation()
-        due = head.final_evaluation_due or (self._evaluate_again and not self._stop_asked)
-        if due and self._weights[0] and self._evaluation is None:
-            self._begin_evaluation()
+        due = head.final_evaluation_due or (self._evaluations.is_lost and not self._stop_asked)
+        if due and self._weights.newest.version and not self._evaluations.is_running:
+            self._evaluations.begin(*self._to_evaluate())
             self._await_evaluation()
-        if self._stop_asked and not self._weights[0]:
+        if self._stop_asked and not self._weights.newest.version:
             self._recorder.event("warning", "no checkpoint was written: stopped before the learner had started")
         else:
             for _ in range(3):  # a process may die even now, and is started again
@@ -358,8 +355,8 @@ class RunHead(ABC):
 
     def _await_evaluation(self) -> None:
         deadline = time.monotonic() + EVALUATE_S
-        while self._evaluation is not None:
-            if not ray.wait([self._evaluation[0]], timeout=max(0.0, deadline - time.monotonic()))[0]:
+        while self._evaluations.is_running:
+            if not self._evaluations.wait(max(0.0, deadline - time.monotonic())):
                 text = f"the last evaluation took longer than {EVALUATE_S:g} s and is left out"
                 self._recorder.event("warning", text)
                 return
@@ -370,7 +367,7 @@ class RunHead(ABC):
         """Stop the learners, once they have started where they still do; the counts are final then."""
         self._collect()
         starting = [child.starting for child in self._children.of("learner") if child.starting is not None]
-        if starting and (self._weights[0] or not self._stop_asked):
+        if starting and (self._weights.newest.version or not self._stop_asked):
             ray.wait(starting, num_returns=len(starting), timeout=START_S)
             self._collect()
         if not self._children.silent(SILENT_S):
@@ -453,7 +450,6 @@ class RunHead(ABC):
 
     def _keep(self, outcome: dict[str, Any] | None = None) -> None:
         """Put what a new head needs on disk: one moment, in which the counts are those of the statuses they were taken from."""
-        evaluated: Any = self._head.last_evaluation
         first_step = self._first_step
         state = {
             "wall_started": self._wall_started,
@@ -473,13 +469,9 @@ class RunHead(ABC):
             "learner_start": self._learner_start,
             "next_warning": self._next_warning,
             "first_step": None if first_step is None else first_step - time.monotonic() + time.time(),
-            "evaluated": None if evaluated is None else asdict(evaluated),
-            "is_evaluation_row_due": self._head.evaluation_row_due,
-            "is_evaluating": self._evaluation is not None or self._evaluate_again,
-            "has_unsaved_best": self._unsaved_best is not None,
             "is_checkpointing": self._is_checkpointing,
         }
-        self._state_file.write(state | self._more_state())
+        self._state_file.write(state | self._evaluations.state() | self._more_state())
 
     def _come_back(self, kept: Mapping[str, Any]) -> None:
         """Take over the processes of the head that died, and all that it knew; those that are gone are found by the first look."""
@@ -498,7 +490,8 @@ class RunHead(ABC):
             for kind in ("learner", "shard"):
                 self._children.ask_all(kind, "settle", timeout_s=SAVE_S)
         self._recorder.go_on(kept["metrics"])
-        self._restore_evaluation(kept)
+        checkpoints = Checkpoints(self._folder.checkpoints)
+        self._evaluations.restore(kept, again=self._evaluation_again, checkpoints=checkpoints)
         self._restore_more(kept)
         for child in starting:
             if child.kind == "actor":
@@ -516,23 +509,9 @@ class RunHead(ABC):
         told = f"the head died; a new one goes on at step {self._head.step} with {count} processes, which lived on"
         self._recorder.event("restart", told)
 
-    def _restore_evaluation(self, kept: Mapping[str, Any]) -> None:
-        if kept["evaluated"] is not None:
-            evaluation = self._evaluation_again(kept["evaluated"])
-            self._head.restore_evaluation(evaluation, row_due=kept["is_evaluation_row_due"])
-        self._evaluate_again = kept["is_evaluating"]
-        if kept["has_unsaved_best"]:  # that policy is gone
-            best = Checkpoints(self._folder.checkpoints).best()
-            self._head.best = None if best is None else best.eval_mean_return
-            self._evaluate_again = True
-
     def _fetch_weights(self) -> None:
-        """The weights that a dead head had been given: what it kept of them for others is gone with it."""
-        try:
-            newest = ray.get(self._children["learner"].worker.newest.remote(), timeout=WEIGHTS_S)
-        except (ray.exceptions.RayError, TimeoutError):
-            return  # the next ones come by themselves; if it is dead, the next look tells
-        if newest is not None:
+        """The weights that a dead head had been given."""
+        if (newest := newest_of(self._children["learner"].worker)) is not None:
             self.publish(*newest)
 
     # ----------------------------------------------------------------- watching
@@ -575,7 +554,7 @@ class RunHead(ABC):
             "shards": self._children.statuses("shard"),
             "learner": learner,
             "learner_metrics": learner.get("metrics", {}),
-            "evaluating": self._evaluation is not None,
+            "evaluating": self._evaluations.is_running,
             "ending": self._finishing,
             "first_step": self._first_step,
         }
@@ -584,42 +563,17 @@ class RunHead(ABC):
         """Of the weights that were ever published: actors take no older ones."""
         # The learner's last status may not know of them, nor a new head of what a dead one was given.
         acting = (int(status.get("version") or 0) for status in self._children.statuses("actor").values())
-        return max(self._head.counts.version, self._weights[0], self._highest_had, *acting)
+        return max(self._head.counts.version, self._weights.highest, *acting)
 
     # ---------------------------------------------------- evaluation, checkpoint
 
-    def _begin_evaluation(self) -> None:
-        self._evaluate_again = False
-        step, (version, data, reference) = self._to_evaluate()
-        self._evaluation = (self._ask_evaluation(reference), step, version, data)
-
     def _follow_evaluation(self) -> None:
-        """Take in an evaluation that has ended."""
-        if self._evaluation is None:
+        """Take in an evaluation that has ended; the best policy goes into a checkpoint at once."""
+        is_best = self._evaluations.follow()
+        if is_best is None:
             return
-        answer, step, version, data = self._evaluation
-        if not ray.wait([answer], timeout=0.0)[0]:
-            return
-        self._evaluation = None
-        try:
-            found = ray.get(answer)
-        except ray.exceptions.RayError as error:
-            again = isinstance(error, ray.exceptions.RayActorError) and not self._is_second_try
-            ending = "; it is begun again" if again else ""
-            self._recorder.event("warning", f"the evaluation at step {step} failed: {short(error)}{ending}")
-            self._children.kill("evaluator")
-            self._is_second_try = again
-            if again:
-                self._evaluation = (self._ask_evaluation(ray.put(data)), step, version, data)
-            return
-        self._is_second_try = False
-        evaluation = self._evaluation_of(found, step, version)
-        best = self._head.evaluated(evaluation)
-        self._recorder.event("evaluation", evaluation.text)
-        if best:
-            self._unsaved_best = (evaluation.score, data)
         self._keep()
-        if best:
+        if is_best:
             self._checkpoint()
 
     def _checkpoint(self) -> bool:
@@ -634,9 +588,9 @@ class RunHead(ABC):
         if any(child.starting is not None or child.status.get("error") for child in self._children.of("learner")):
             self._recorder.event("warning", "no checkpoint was written: the learner was not running")
             return False
-        if not self._weights[0]:
+        if not self._weights.newest.version:
             self._fetch_weights()
-        evaluation, policy = self._unsaved_best or (self._head.evaluation_now, self._weights[1])
+        evaluation, policy = self._evaluations.unsaved_best or (self._head.evaluation_now, self._weights.newest.data)
         if not policy:
             self._recorder.event("warning", "no checkpoint was written: the learner has published no weights yet")
             return False
@@ -657,7 +611,7 @@ class RunHead(ABC):
         finally:
             self._is_checkpointing = False
         if written:
-            self._unsaved_best = None
+            self._evaluations.saved()
         self._keep()
         return True
 

@@ -6,7 +6,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,16 +23,11 @@ from cluster.ray_children import Child, saved
 from cluster.ray_desk import Answer, HeadDesk
 from cluster.ray_head import RETRY_S, RunHead, resumed_at
 from cluster.ray_llm_workers import LlmEvaluatorWorker, LlmLearnerWorker, QueueShardWorker, SamplerWorker
+from cluster.ray_weights import Weights
 from cluster.recorder import LEARNER, replay_folder
 from cluster.runs import RunFolder
 
 STEPS_KEPT = 256  # versions whose learner steps are remembered; evaluations are of the newest
-
-
-@dataclass(frozen=True)
-class _Published:
-    version: int
-    reference: Any  # Ray's, to the weights
 
 
 @ray.remote
@@ -53,15 +47,15 @@ class LlmHeadWorker(RunHead):
         path = None if resume is None else Path(resume)
         kept = read_head_state(opened.path, wall_started)
         started, state = resumed_at(wall_started, path, kept)
-        super().__init__(opened, LlmHead(opened.config, wall_started=started, state=state), wall_started, path, kept)
+        head = LlmHead(opened.config, wall_started=started, state=state)
+        super().__init__(opened, head, wall_started, path, kept, hold_back=opened.config.actors.hold_back)
         self._desk: HeadDesk[PromptDesk] = HeadDesk(self._folder.path, tell=self._recorder.event)
         self._examples = ExampleFile(self._folder.path)
         self._readers: dict[str, str] = {}  # learner → name under which the present one reads
-        self._published: deque[_Published] = deque(maxlen=self._config.actors.hold_back + 1)
         self._steps: deque[tuple[int, int]] = deque(
             maxlen=STEPS_KEPT
         )  # versions published, and the learner steps made then
-        self._first: tuple[int, tuple[int, bytes, Any]] | None = None  # step and weights that are to be evaluated first
+        self._first: tuple[int, Weights] | None = None  # step and weights that are to be evaluated first
         self._said: deque[str] = deque()  # by the learner while it starts
         self._said_at = -math.inf  # monotonic
         self._holds = 0  # checkpoints tried: a number for each
@@ -84,23 +78,9 @@ class LlmHeadWorker(RunHead):
         """As `RunHead.publish`; `step` counts the learner steps made by these weights."""
         if version not in dict(self._steps):  # else told again
             self._steps.append((version, step))
-        super().publish(version, data)
-        with self._weights_lock:
-            newest, _, reference = self._weights
-            told = {published.version for published in self._published}
-            if newest == version and version not in told:  # else of a learner that was replaced
-                self._published.append(_Published(version, reference))
-            if self._first is None and self._config.eval.every and not self._head.first and len(self._steps) == 1:
-                self._first = step, self._weights
-
-    def policy(self, have: int) -> tuple[int, Any] | None:
-        """As `RunHead.policy`, `actors.hold_back` versions behind the newest."""
-        self._highest_had = max(self._highest_had, have)
-        with self._weights_lock:
-            if not self._published:
-                return None
-            held = self._published[0]
-        return None if held.version <= have else (held.version, held.reference)
+        newest = self._weights.publish(version, data)
+        if self._first is None and self._config.eval.every and not self._head.first and len(self._steps) == 1:
+            self._first = step, newest
 
     def tell(self, text: str) -> None:
         """A line about the learner's start."""
@@ -260,13 +240,13 @@ class LlmHeadWorker(RunHead):
 
     # ---------------------------------------------------- evaluation, checkpoint
 
-    def _to_evaluate(self) -> tuple[int, tuple[int, bytes, Any]]:
+    def _to_evaluate(self) -> tuple[int, Weights]:
         """As `RunHead._to_evaluate`, with the learner steps that made these weights; the run's very first weights come first."""
-        with self._weights_lock:
-            if self._first is not None:
-                found, self._first = self._first, None
-                return found
-            return dict(self._steps)[self._weights[0]], self._weights
+        if self._first is not None:
+            found, self._first = self._first, None
+            return found
+        newest = self._weights.newest
+        return dict(self._steps)[newest.version], newest
 
     def _ask_evaluation(self, weights: Any) -> Any:
         if "evaluator" not in self._children:
@@ -286,7 +266,11 @@ class LlmHeadWorker(RunHead):
         """
         if any(child.starting is not None or "updates" not in child.status for child in self._children.of("learner")):
             return False
-        is_first = not self._has_checkpoint and self._weights[0] > 0 and time.monotonic() - self._tried_at > RETRY_S
+        is_first = (
+            not self._has_checkpoint
+            and self._weights.newest.version > 0
+            and time.monotonic() - self._tried_at > RETRY_S
+        )
         return is_first or super()._checkpoint_due()
 
     def _checkpoint(self) -> bool:
