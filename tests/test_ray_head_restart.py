@@ -157,7 +157,8 @@ def test_the_head_dies_twice_and_its_run_goes_on_with_the_same_processes_and_rig
     assert runs.head_counts(checkpoint)["incarnation"] == 1
     never_falls(run, *COUNTS)
     rows = read_metrics(run).to_pylist()
-    assert {row["restarts"] for row in rows} == {0.0, 1.0, 2.0}
+    # The head in the middle may be killed before it has written a row.
+    assert {0.0, 2.0} <= {row["restarts"] for row in rows} <= {0.0, 1.0, 2.0}
     evaluated = [row["eval/step"] for row in rows if row.get("eval/step") is not None]
     assert evaluated == sorted(set(evaluated))
     assert len(evaluated) == len(runs.events(run, "evaluation")) >= 1
