@@ -20,6 +20,7 @@ import torch
 from cluster.api import Run, train
 from cluster.checkpoint import Checkpoints, load_tensors
 from cluster.cli import main
+from cluster.curriculum.desk_files import DESK, load_desk
 from cluster.llm import parts
 from cluster.llm.examples import FILE, read_examples
 from cluster.llm.head import LlmHead
@@ -245,9 +246,11 @@ def test_a_resumed_run_goes_on_where_it_was(sync: Trained) -> None:
     parts.load_learner(before / LEARNER, learner)
     assert learner.updates == 3
     assert learner.policy_bytes() == (before / POLICY).read_bytes()
-    about = json.loads((before / parts.DESK).read_text())
+    about = json.loads((before / DESK).read_text())
     assert about["next_group"] >= first.summary["groups"]
-    assert [one.group for one in parts.make_desk(config, before).take("actor 0", 2)] == [
+    desk = parts.make_desk(config)
+    load_desk(desk, before)
+    assert [one.group for one in desk.take("actor 0", 2)] == [
         about["next_group"],
         about["next_group"] + 1,
     ]
@@ -313,7 +316,7 @@ def test_groups_too_old_for_the_learner_are_dropped_and_counted_as_waste(sync: T
     learnt = [row for row in rows(run.path) if "loss" in row]
     assert {row["completions"] for row in learnt} == {GROUPS * SIZE}
     assert {row["staleness/max"] for row in learnt} == {0}
-    about = json.loads((runs.newest_checkpoint(run.path) / parts.DESK).read_text())
+    about = json.loads((runs.newest_checkpoint(run.path) / DESK).read_text())
     assert about["waste"]["stale"][0] == last["dropped_stale_groups"]
     assert last["waste/stale"] > 0
     assert last["waste/kept_groups"] + last["dropped_stale_groups"] == last["kept_groups"]
