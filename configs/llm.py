@@ -183,6 +183,11 @@ class SamplersSettings(Settings):
         0.02, "Pause between two requests for newer weights.", unit="seconds", gt=0.0, le=60.0
     )
     cpus: float = setting(1.0, "CPUs that Ray sets aside for each actor.", unit="CPUs", ge=0.0, le=1024.0)
+    resources: dict[str, float] = setting(
+        {},
+        "Ray's custom resources that each actor takes, such as spot=1: only nodes that have them are used.",
+        unit="name amount",
+    )
     gpus: float = setting(0.0, "GPUs that Ray sets aside for each actor.", unit="GPUs", ge=0.0, le=64.0)
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from configs.algorithms import Algorithm, AlgorithmSettings, SacSettings
+from configs.cluster import ControlSettings, OutsideSettings
 from configs.conflicts import conflicts
 from configs.curriculum import EpisodeCurriculumSettings
 from configs.settings import Argument, Scalar, Settings, setting
@@ -23,12 +24,14 @@ __all__ = [
     "AlgorithmSettings",
     "CheckpointSettings",
     "CommonSettings",
+    "ControlSettings",
     "EnvSettings",
     "EnvTasksSettings",
     "EpisodeCurriculumSettings",
     "EvalSettings",
     "LearnerProcessSettings",
     "LearnersSettings",
+    "OutsideSettings",
     "PriorSettings",
     "RaySettings",
     "ReplaySettings",
@@ -99,12 +102,23 @@ class ActorsSettings(Settings):
         0.05, "Pause between two requests for newer weights.", unit="seconds", gt=0.0, le=60.0
     )
     cpus: float = setting(0.5, "CPUs that Ray sets aside for each actor.", unit="CPUs", ge=0.0, le=1024.0)
+    resources: dict[str, float] = setting(
+        {},
+        "Ray's custom resources that each actor takes, such as spot=1: only nodes that have them are used.",
+        unit="name amount",
+    )
 
 
 class ServiceSettings(Settings):
     """How the shards of the replay service are started, and who may reach them."""
 
     shards: int = setting(1, "Number of replay shard processes.", unit="processes", ge=1, le=4096)
+    cpus: float = setting(0.1, "CPUs that Ray sets aside for each shard.", unit="CPUs", ge=0.001, le=1024.0)
+    resources: dict[str, float] = setting(
+        {},
+        "Ray's custom resources that each shard takes, such as spot=1: only nodes that have them are used.",
+        unit="name amount",
+    )
     directory: str = setting("/dev/shm", "Folder of the memory-mapped storage files.", unit="path", min_length=1)
     host: str = setting(
         "127.0.0.1",
@@ -216,6 +230,11 @@ class LearnerProcessSettings(Settings):
         unit="GPUs",
         ge=0.0,
         le=64.0,
+    )
+    resources: dict[str, float] = setting(
+        {},
+        "Ray's custom resources that each learner takes, such as spot=1: only nodes that have them are used.",
+        unit="name amount",
     )
 
 
@@ -331,6 +350,9 @@ class RaySettings(Settings):
     object_store_mb: int = setting(
         256, "Memory of a private Ray's object store; attached clusters keep theirs.", unit="MB", ge=80, le=10**6
     )
+    metrics: bool = setting(
+        True, "Hand every figure to Ray's metrics as well, which its dashboard and Prometheus show.", unit="switch"
+    )
 
 
 class CommonSettings(Settings):
@@ -356,8 +378,17 @@ class CommonSettings(Settings):
         unit="address",
         min_length=1,
     )
+    wait_for_resources: float = setting(
+        0.0,
+        "Longest time that a run waits for the cluster to have what it asks for, so that an autoscaler may add nodes; 0 stops "
+        "at once and says what is missing.",
+        unit="seconds",
+        ge=0.0,
+        le=10**9,
+    )
     report_every_s: float = setting(1.0, "Time between two rows of metrics.", unit="seconds", ge=0.1, le=3600.0)
     checkpoints: CheckpointSettings = CheckpointSettings()
+    control: ControlSettings = ControlSettings()
     ray: RaySettings = RaySettings()
 
 
@@ -374,6 +405,7 @@ class RunConfig(CommonSettings):
     actors: ActorsSettings = ActorsSettings()
     replay: ReplaySettings = ReplaySettings()
     prior: PriorSettings = PriorSettings()
+    outside: OutsideSettings = OutsideSettings()
     learners: LearnersSettings = LearnersSettings()
     eval: EvalSettings = EvalSettings()
     stop: StopSettings = StopSettings()
