@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import sys
@@ -191,6 +192,10 @@ def _run(
         from cluster.sync import SyncRun
 
         return SyncRun(folder, wall_started=wall_started, resume=checkpoint, show=show).run(stopping)
+    from cluster.auth import show_token
+
+    if folder.config.address or os.environ.get("RAY_ADDRESS"):
+        show_token()
     from cluster.ray_launch import run_on_ray
 
     return run_on_ray(folder, wall_started=started, resume=checkpoint, show=show, stopping=stopping)

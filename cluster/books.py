@@ -161,6 +161,10 @@ class Books(ABC):
         """A process was started again: what its counters now say was counted before."""
         self._last[process] = {k: float(v) for k, v in stats.items() if isinstance(v, int | float)}
 
+    def forget(self, process: str) -> None:
+        """A process is gone whose counters were counted, and nobody takes its place."""
+        self._last.pop(process, None)
+
     def recovered(self, shard: str, stats: Stats) -> None:
         """A shard was started again with the rows of the one before, those since its last status as well; its clocks are new."""
         before = self._last.get(shard, {})

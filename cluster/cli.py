@@ -1,4 +1,5 @@
-"""The command line: `millrace train | eval | report | export | audit | replay | bench | clean`.
+"""The command line: `millrace train | eval | report | export | audit | replay | bench | clean`, and of a run that is going
+`status | scale | checkpoint | stop | logs`.
 
 Exit codes: 0 done (also after Ctrl-C or SIGTERM, with a checkpoint), 1 the command failed, 2 it was asked for something
 impossible; what is wrong stands in the message, before any process is started.
@@ -34,6 +35,11 @@ millrace: distributed actor-learner system for online reinforcement learning
   millrace report RUN [--json]                                          make RUN/report.html again
   millrace export RUN FILE.onnx [--checkpoint best|latest] [--json]     write the policy as ONNX, checked against torch; a
                                                                         language model as a Hugging Face folder
+  millrace status [TARGET] [--all] [--json]                             a run that is going: processes, rates, what waits
+  millrace scale [TARGET] [--actors N] [--shards N] [--wait S] [--json] change how many actors and shards it has
+  millrace checkpoint [TARGET] [--json]                                 have it write a checkpoint
+  millrace stop [TARGET] [--reason TEXT] [--no-wait] [--json]           have it end, with a checkpoint first
+  millrace logs [TARGET] [--process "actor 3"] [--lines N] [--follow] [--json]
   millrace replay stats|export|import …                                 look into, export and fill a replay service or snapshot
   millrace audit VERIFIER [LABELLED.jsonl] [--json]                     how often a verifier is wrong where the truth is known
   millrace bench actors|train [CONFIG] [--SETTING VALUE …] [--seconds S] [--json]
@@ -47,6 +53,7 @@ millrace: distributed actor-learner system for online reinforcement learning
   millrace clean [--directory DIR] [--yes] [--json]                     list (--yes: remove) storage of dead runs
 
 CONFIG is a YAML file; those that come with Millrace can be named by their short names, such as pendulum_sac.
+TARGET is the folder of a run, or HOST:PORT of its control plane with --token-file FILE; by default the only run going in ./runs.
 """
 
 
@@ -286,11 +293,23 @@ def _replay(words: Sequence[str]) -> int:
 
 
 def _bench(words: Sequence[str]) -> int:
-    names = ["actors", "train", "replay", "learner", "curves", "llm", "difficulty", "curriculum", "tasks"]
-    own = ("replay", "learner", "curves", "llm", "difficulty", "curriculum", "tasks")  # these take no settings of a run
+    names = [
+        "actors",
+        "train",
+        "replay",
+        "learner",
+        "curves",
+        "llm",
+        "difficulty",
+        "curriculum",
+        "tasks",
+        "cluster",
+        "scale",
+    ]
+    own = tuple(names[2:])  # these take no settings of a run
     if {"-h", "--help"} & set(words) and words[0] not in own:
         print("millrace bench actors|train [CONFIG] [--SETTING VALUE …] [--seconds S] [--json]")
-        print("millrace bench replay|learner|curves|llm|difficulty|curriculum|tasks [--help | …]")
+        print("millrace bench replay|learner|curves|llm|difficulty|curriculum|tasks|cluster|scale [--help | …]")
         return 0
     if not words or words[0] not in names:
         close = nearest(words[0], names) if words else None
@@ -304,6 +323,18 @@ def _bench(words: Sequence[str]) -> int:
     command = [sys.executable, "-P", "-m"]
     command += [f"tests.benchmarks.{words[0]}", *words[1:]] if words[0] in own else ["tests.benchmarks", *words]
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _control(name: str) -> Callable[[Sequence[str]], int]:
+    """A command about a run that is going."""
+
+    def run(words: Sequence[str]) -> int:
+        from cluster import control_cli
+
+        command: Callable[[Sequence[str]], int] = getattr(control_cli, name)
+        return command(words)
+
+    return run
 
 
 def _audit(words: Sequence[str]) -> int:
@@ -365,6 +396,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "replay": _replay,
     "bench": _bench,
     "clean": _clean,
+    **{name: _control(name) for name in ("status", "scale", "checkpoint", "stop", "logs")},
 }
 
 

@@ -6,12 +6,8 @@ A file is written only after it has decided as the torch module and as the actor
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +23,7 @@ from actors.task_set import TaskSet
 from cluster import parts
 from cluster.checkpoint import Checkpoint, Checkpoints
 from cluster.files import write_atomically
+from cluster.outside import PACKAGES
 from cluster.recorder import LEARNER, POLICY
 from cluster.runs import RunFolder
 from configs.schema import EnvSettings, RunConfig
@@ -35,12 +32,10 @@ from learners.policy import Lanes, Policy
 if TYPE_CHECKING:
     from learners.policy_modules import ActionSpace, PolicyModule
 
-OPSET = 18
 TOLERANCE = 1e-5  # of actions in [−1, 1], values in units of the largest, and states
 ROUNDING = 4.0  # times float32's own rounding by which results may differ where that is more
 MOST = 1e-3  # that they may differ by all the same
 COUNTS = (1, 2, 64)  # decisions in the batches on which a graph is tried
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -194,32 +189,14 @@ def to_onnx(module: PolicyModule, metadata: dict[str, Any]) -> bytes:
     Raises:
         RuntimeError: something in the policy, such as a user's encoder, has no counterpart in ONNX.
     """
-    import torch
+    import onnx
 
-    example = module.example(2, np.random.default_rng(0))
-    batch = torch.export.Dim("batch")
-    with _quiet():
-        try:
-            program = torch.onnx.export(
-                module,
-                example,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(module.inputs),
-                output_names=list(module.outputs),
-                dynamic_shapes={"inputs": tuple({0: batch} for _ in example)},
-                verbose=False,
-            )
-        except Exception as error:  # tracing runs a user's encoder, and the exporter raises what it likes
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            told = f"{type(cause).__name__}: {str(cause).strip()}".partition("\n")[0]
-            raise RuntimeError(f"the policy cannot be written as ONNX: {told}") from error
-    assert program is not None
-    for key, value in metadata.items():
-        program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
-    data: bytes = program.model_proto.SerializeToString()
+    from cluster.acting_export import write_graph
+
+    graph = write_graph(module, optimise=True)
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    onnx.helper.set_model_props(graph, texts)
+    data: bytes = graph.SerializeToString()
     return data
 
 
@@ -316,17 +293,3 @@ def _policy_version(checkpoint: Checkpoint) -> int | None:
     except (OSError, SafetensorError, ValueError):
         return None
     return found.get("version")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of packages that are not needed and of torch's own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)

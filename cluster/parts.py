@@ -15,10 +15,11 @@ from cluster.head import Counts
 from configs.algorithms import CustomSettings, R2d2Settings
 from configs.load import ConfigError
 from configs.schema import RunConfig
+from replay.guests import GuestLimits
 from replay.limiter import LeasedLimiter, RateLimiter
 from replay.rate_limit import DeadlockError, RateLimit
 from replay.schema import StepSchema, Window
-from replay.writers import LaneWriter, Writer
+from replay.writers import Writer
 
 if TYPE_CHECKING:
     from actors.assignments import Assignment
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from learners.priorities import Importance
     from replay.layout import TableSpec
     from replay.shard import Shard, ShardSpec  # they compile kernels, which head and actors have no use for
+    from replay.snapshot import SnapshotStore
 
 FIRST_VERSION = 1  # 0 stands for random actions
 TABLE = "steps"
@@ -71,8 +73,8 @@ def check_limits(config: RunConfig) -> list[str]:
             sample=-(-draw // shards),
             max_size=config.replay.capacity // 2,
             shards=shards,
-            insert_block=actors.rows_per_write,
-            sample_block=draw,
+            insert_block=config.insert_block,
+            sample_block=config.sample_block,
         )
     except DeadlockError as error:
         text = str(error)
@@ -201,9 +203,15 @@ def shard_spec(config: RunConfig, schema: StepSchema, index: int, *, run: str, i
         seed=seed_of(config, "shard", index, incarnation),
         directory=config.replay.directory,
         host=config.replay.host,
-        insert_block=config.actors.rows_per_write,
-        sample_block=config.draw_size,
+        insert_block=config.insert_block,
+        sample_block=config.sample_block,
         stack=config.env.stack if schema.large else 1,
+        guests=GuestLimits(
+            lanes=config.outside.lanes,
+            rows_per_s=config.outside.rows_per_s,
+            bad_messages=config.outside.bad_messages,
+            message_rows=config.actors.rows_per_write,
+        ),
     )
 
 
@@ -213,32 +221,29 @@ def shard_status(stats: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in stats.items() if key != "tables"}, **table}
 
 
-def restore_shard(shard: Shard, replay: Path, *, shards: int) -> None:
-    """Fill an empty shard with its part, of `shards`, of what a checkpoint keeps.
+def restore_shard(shard: Shard, replay: SnapshotStore, *, shards: int | None) -> None:
+    """Fill an empty shard with its part, of `shards`, of what a checkpoint keeps; None: with what it has saved itself, if any.
 
     Raises:
         SnapshotError: a file is damaged or missing.
         SchemaError: the steps have other fields.
     """
     from replay.restore import load
-    from replay.snapshot import SnapshotStore
 
     # The checkpoint's own checksums are those of the same files.
-    load(shard, SnapshotStore(replay).all(), index=shard.index, count=shards, verify=False)
+    saved = replay.all()
+    count = len(saved) if shards is None else shards
+    if shard.index >= count:
+        return
+    load(shard, saved, index=shard.index, count=count, verify=False)
     limiter = shard.table(TABLE).limiter
     if isinstance(limiter, LeasedLimiter):
         limiter.forget_deletions()  # the caller sets the limiter's counters, or tells it of what was lost
 
 
-def save_shard(shard: Shard, replay: Path, previous: Path | None) -> dict[str, int]:
-    """Write a shard's part of a checkpoint into the folder `replay`, all but what that of an earlier one, `previous`, holds.
-
-    Returns the counters it holds.
-    """
-    from replay.snapshot import SnapshotStore
-
-    before = None if previous is None else SnapshotStore(previous)
-    saved = SnapshotStore(replay).save(shard, shard=shard.index, previous=before)
+def save_shard(shard: Shard, replay: SnapshotStore, previous: SnapshotStore | None) -> dict[str, int]:
+    """Write a shard's part of a checkpoint, all but what an earlier one, `previous`, holds. Returns the counters it holds."""
+    saved = replay.save(shard, shard=shard.index, previous=previous)
     counters: dict[str, int] = saved.header["tables"][TABLE]["counters"]
     return counters
 
@@ -269,10 +274,17 @@ def samples_used(config: RunConfig, counts: Counts) -> int:
     return (counts.updates + counts.updates_lost) * config.replay_windows
 
 
-def shards_of_actor(config: RunConfig, index: int) -> list[int]:
-    """The shards an actor writes to: one, or several where there are more shards than actors."""
-    count, shards = config.actors.count, config.replay.shards
-    return list(range(index, shards, count)) if shards > count else [index % shards]
+def set_limit(shard: Shard, config: RunConfig) -> None:
+    """Keep the pace of these settings, of which more or fewer processes ask for more or less room; on shard 0."""
+    limiter = shard.table(TABLE).limiter
+    assert isinstance(limiter, RateLimiter)
+    limiter.change(rate_limit(config))
+
+
+def shards_of_actor(index: int, *, actors: int, shards: Sequence[int]) -> list[int]:
+    """The shards, of these numbers, that one of so many actors writes to: one, or several where there are more shards."""
+    count = len(shards)
+    return list(shards[index % actors :: actors]) if count > actors else [shards[index % count]]
 
 
 def writer_name(index: int, incarnation: int) -> str:
@@ -366,12 +378,12 @@ def make_rollout(
     config: RunConfig,
     schema: StepSchema,
     index: int,
-    writers: Sequence[Writer],
+    writer: Writer,
     *,
     random_steps: int,
     incarnation: int,
 ) -> Rollout:
-    """Actor `index` of a run without tasks: its environments, its policy, and the writers to its shards."""
+    """Actor `index` of a run without tasks: its environments, its policy, and the writer to its shards."""
     from actors.envs import make_env
 
     env = make_env(
@@ -381,14 +393,14 @@ def make_rollout(
         threads=config.actors.threads,
         seed=seed_of(config, "actor", index, incarnation) % 2**31,
     )
-    return _rollout(config, schema, index, env, _one(writers), random_steps=random_steps, incarnation=incarnation)
+    return _rollout(config, schema, index, env, writer, random_steps=random_steps, incarnation=incarnation)
 
 
 def make_task_rollout(
     config: RunConfig,
     schema: StepSchema,
     index: int,
-    writers: Sequence[Writer],
+    writer: Writer,
     *,
     tasks: TaskSet[EnvTask],
     ask: Callable[[int], Sequence[Assignment[EnvTask]]],
@@ -400,7 +412,7 @@ def make_task_rollout(
     from actors.task_env import TaskEnv
     from cluster.curriculum.filter import GroupFilter
 
-    writer, settings, size = _one(writers), config.curriculum, episodes_in_group(config)
+    settings, size = config.curriculum, episodes_in_group(config)
     held = None
     if settings.filter != "none":
         band = GroupFilter(settings.low, settings.high, size)
@@ -418,11 +430,6 @@ def make_task_rollout(
     )
     made = _rollout(config, schema, index, env, writer, random_steps=random_steps, incarnation=incarnation)
     return made, env
-
-
-def _one(writers: Sequence[Writer]) -> Writer:
-    """One writer to all shards of an actor."""
-    return writers[0] if len(writers) == 1 else LaneWriter(writers)
 
 
 def _rollout(
@@ -492,9 +499,7 @@ def learner_status(loop: LearnerLoop[Any]) -> dict[str, Any]:
     }
 
 
-def actor_status(
-    rollout: Rollout, writers: Sequence[Writer], *, after: int, tasks: TaskEnv | None = None
-) -> dict[str, Any]:
+def actor_status(rollout: Rollout, writer: Writer, *, after: int, tasks: TaskEnv | None = None) -> dict[str, Any]:
     """Counters of an actor and of its environments of `tasks`, its episodes from index `after` on, and what it waits for."""
     # A copy first: the rollout appends meanwhile.
     episodes = [e for e in list(rollout.episodes) if e.index >= after]
@@ -506,5 +511,5 @@ def actor_status(
         "lengths": [e.length for e in episodes],
         "next_episode": episodes[-1].index + 1 if episodes else after,
         "return_extent": rollout.return_extent(),
-        "waiting_for": next((w.waiting_for for w in writers if w.waiting_for), None),
+        "waiting_for": writer.waiting_for,
     }

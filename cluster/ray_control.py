@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,26 @@ from cluster import parts
 from cluster.curriculum.desk import Desk
 from cluster.head import Evaluation, Head, TaskEvaluation, Tick
 from cluster.head_state import read_head_state
-from cluster.ray_children import ANSWER_S, Child
-from cluster.ray_desk import Answer, HeadDesk
+from cluster.outside import OutsideActors
+from cluster.ray_children import Child
+from cluster.ray_desk import Answer, HeadDesk, answers
+from cluster.ray_files import FILES_GROUP
 from cluster.ray_head import RunHead, resumed_at
-from cluster.ray_workers import ActorWorker, EvaluatorWorker, LearnerWorker, ShardWorker
-from cluster.recorder import LEARNER, replay_folder
+from cluster.ray_outside import RayOutside
+from cluster.ray_relay import Request
+from cluster.ray_shards import MOVE_S, Shards
+from cluster.ray_workers import ActorWorker, EvaluatorWorker, ExporterWorker, LearnerWorker
+from cluster.recorder import LEARNER
 from cluster.runs import RunFolder
 from configs.schema import RunConfig
+from replay.schema import StepSchema
 
 
-@ray.remote
+@ray.remote(concurrency_groups=FILES_GROUP)
 class ControlHeadWorker(RunHead):
     """The head, as a named detached Ray actor."""
 
     FIRST = "environment step"
-    _config: RunConfig
     _head: Head
 
     def __init__(self, folder: str, wall_started: float, resume: str | None, *, schema: str) -> None:
@@ -44,6 +50,34 @@ class ControlHeadWorker(RunHead):
         head = Head(opened.config, wall_started=started, state=state)
         super().__init__(opened, head, wall_started, checkpoint, kept)
         self._schema = schema
+        self._shards = Shards(
+            self._folder,
+            head,
+            self._children,
+            self._placement,
+            schema=schema,
+            security=self._security,
+            mark=self._mark,
+            incarnation=self._incarnation,
+            latest=self._latest,
+            changed=self._reroute,
+            tell=self._recorder.event,
+        )
+        self._outside = RayOutside(
+            OutsideActors(
+                self._config,
+                StepSchema.from_json(schema),
+                self._security,
+                state=None if kept is None else kept.get("outside"),
+            ),
+            self._children,
+            self._weights,
+            routes=partial(self._shards.routes, writing=True),
+            make_exporter=self._make_exporter,
+            every_s=self._config.outside.export_every_s,
+            tell=self._recorder.event,
+        )
+        self._plane.outside = self._outside
         self._told_extent: tuple[float, float] | None = None  # of returns, to learner 0, which tells the others
         self._desk: HeadDesk[Desk] = HeadDesk(self._folder.path, tell=self._recorder.event)  # open in runs with tasks
         self._next_episode: dict[str, int] = {}
@@ -57,111 +91,54 @@ class ControlHeadWorker(RunHead):
         """As `HeadDesk.exchange`; a run that is ending gives no assignments."""
         return self._desk.exchange(actor, incarnation, first, outcomes, 0 if self._finishing else want, held)
 
+    def exchange_many(self, requests: Sequence[Request]) -> list[Answer | Exception | None]:
+        """`exchange` of several actors, which a relay has put together; what one raises is its answer."""
+        return answers(self.exchange, requests)
+
     # --------------------------------------------------------------- processes
 
     def _start(self) -> None:
         config, counts = self._config, self._head.counts
-        for index in range(config.replay.shards):
-            self._spawn_shard(index)
+        self._placement.reserve(config.replay.shards, gpus=self._learners.gpus)
+        self._shards.spawn(config.replay.shards)
         for index in range(config.actors.count):
             self._spawn_actor(index)
-        self._spawn_learners()
+        self._learners.spawn()
         tasks = parts.make_tasks(config)
         if tasks is not None:
             self._desk.open(parts.make_desk(config, tasks), self._resume)
-        self._addresses = [""] * config.replay.shards
-        self._ports = [0] * config.replay.shards
-        kept = self._resume if config.checkpoints.replay else None
-        for index in range(config.replay.shards):
-            self._start_shard(index, kept)
+        self._shards.start(self._resume if config.checkpoints.replay else None)
         if self._resume is not None:
-            self._resume_limiter()
-        self._tell_addresses()
+            self._shards.resume_limiter()
         for index in range(config.actors.count):
             self._start_actor(index)
         version = max(counts.version + 1, parts.FIRST_VERSION)
-        self._start_learners(None if self._resume is None else self._resume / LEARNER, version)
+        self._learners.start(None if self._resume is None else self._resume / LEARNER, version)
 
-    def _spawn_shard(self, index: int) -> None:
-        self._children.make(
-            f"shard {index}",
-            ShardWorker,
-            self._config,
-            self._schema,
-            index,
-            self._folder.path.name,
-            self._incarnation(),
-            self._security,
-            cpus=0.0,
-        )
+    def _routes(self) -> dict[int, str]:
+        return self._shards.routes(writing=False)
 
-    def _start_shard(
-        self,
-        index: int,
-        checkpoint: Path | None,
-        *,
-        recover: bool = False,
-        others: list[dict[str, Any]] | None = None,
-    ) -> dict[str, Any]:
-        """Have a shard serve, with the steps of a checkpoint unless it recovers those of the one before; see its `start`."""
-        name = f"shard {index}"
-        child = self._children[name]
-        limiter = None if index == 0 else self._addresses[0]
-        replay = None if checkpoint is None else str(replay_folder(checkpoint))
-        started = child.worker.start.remote(limiter, self._ports[index], replay, recover, others)
-        answer: dict[str, Any] = self._children.answer(name, started)
-        self._addresses[index], self._ports[index] = answer["address"], answer["port"]
-        child.status = answer["status"]
-        self._children.started(name, answer["process"])
-        if answer["recovered"]:
-            self._head.recovered(name, child.status)
-        else:
-            self._head.rebase(name, child.status)
-        return answer
-
-    def _resume_limiter(self) -> None:
-        """Set the limiter of a run that goes on, before anybody inserts or samples."""
-        counts = self._head.counts
-        counts.sampled = parts.samples_used(self._config, counts)
-        items = sum(int(child.status["items"]) for child in self._children.of("shard"))
-        counters = parts.limiter_counters(self._config, inserted=counts.env_steps, sampled=counts.sampled, items=items)
-        self._children.answer("shard 0", self._children["shard 0"].worker.restore_limiter.remote(counters))
-
-    def _other_shards(self) -> list[dict[str, Any]]:
-        """Newest status of all shards but the first, from those that answer now."""
-        others = [child for child in self._children.of("shard") if child.index != 0 and child.worker]
-        answers = [child.worker.status.remote() for child in others]
-        ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S) if answers else None
-        found = []
-        for child, answer in zip(others, answers, strict=True):
-            try:
-                found.append(ray.get(answer, timeout=0.0))
-            except (ray.exceptions.RayError, TimeoutError):
-                found.append({"inserted": 0, "sampled": 0, "items": 0, **child.status})
-        return found
-
-    def _restart_shard(self, child: Child) -> str:
-        """Put a new shard in the place of a dead one. Returns what became of its steps."""
-        checkpoint = self._latest() if self._config.checkpoints.replay else None
-        before = int(child.status.get("items", 0))
-        others = self._other_shards() if child.index == 0 else None
-        self._spawn_shard(child.index)
-        usable = checkpoint is not None and replay_folder(checkpoint.path).is_dir()
-        path = checkpoint.path if checkpoint is not None and usable else None
-        answer = self._start_shard(child.index, path, recover=True, others=others)
+    def _reroute(self) -> None:
+        """Tell everybody where the shards are now."""
         self._tell_addresses()
-        kept = int(answer["status"]["items"])
-        if answer["recovered"]:
-            return f"a new one serves all its {kept} steps"
-        if child.index != 0:
-            # Not waited for: where shard 0 is dead as well, its successor's limiter is set from the shards' counters.
-            self._children["shard 0"].worker.lost.remote(max(0, before - kept))
-        why = f"its storage is damaged ({answer['damage']})" if answer["damage"] else "its storage is gone"
-        return f"{why}; a new one serves {kept} of its {before} steps" + (", from the last checkpoint" if path else "")
+        if not self._is_started:  # they are told when they start
+            return
+        number = self._incarnation()
+        for child in self._children.of("actor"):
+            if child.worker is not None:
+                child.worker.route.remote(number, self._routes_of_actor(child.index), MOVE_S)
+        self._learners.route()
+
+    def _routes_of_actor(self, index: int) -> dict[int, str]:
+        routes = self._shards.routes(writing=True)
+        chosen = parts.shards_of_actor(index, actors=self._config.actors.count, shards=sorted(routes))
+        return {number: routes[number] for number in chosen}
 
     def _spawn_actor(self, index: int) -> None:
         self._next_episode[f"actor {index}"] = 0
         incarnation = self._incarnation()
+        shards = [child.index for child in self._children.of("shard") if child.leaving is None]
+        nearest = parts.shards_of_actor(index, actors=self._config.actors.count, shards=sorted(shards))[0]
         child = self._children.make(
             f"actor {index}",
             ActorWorker,
@@ -172,16 +149,16 @@ class ControlHeadWorker(RunHead):
             self._head.random_steps_left,
             incarnation,
             self._security,
-            cpus=self._config.actors.cpus,
+            options=self._placement.actor(near=self._placement.node_of_shard(nearest)),
         )
         child.incarnation, child.writer = incarnation, parts.writer_name(index, incarnation)
         self._desk.serve(child.name, incarnation)
 
     def _start_actor(self, index: int) -> None:
         child = self._children[f"actor {index}"]
-        child.starting = child.worker.start.remote(self._addresses)
+        child.starting = child.worker.start.remote(self._incarnation(), self._routes_of_actor(index))
 
-    def _make_learner(self, rank: int, *, name: str, gpus: float, incarnation: int) -> None:
+    def _make_learner(self, rank: int, *, name: str, options: Mapping[str, Any], incarnation: int) -> None:
         self._children.make(
             name,
             LearnerWorker,
@@ -191,31 +168,73 @@ class ControlHeadWorker(RunHead):
             self._self,
             incarnation,
             self._security,
-            cpus=self._config.learners.cpus,
-            gpus=gpus,
+            self._mark,
+            options=options,
         )
 
-    def _start_learners(self, checkpoint: Path | None, version: int) -> None:
-        super()._start_learners(checkpoint, version)
+    def _make_exporter(self) -> None:
+        self._children.make("exporter", ExporterWorker, self._config, self._schema, options={"num_cpus": 0})
+
+    def _learners_restarted(self) -> None:
         self._told_extent = None
 
-    def _replace(self, child: Child) -> str:
+    def _started(self, child: Child, answer: Mapping[str, Any]) -> None:
+        super()._started(child, answer)
         if child.kind == "shard":
-            return self._restart_shard(child)
-        if self._desk.is_open:
-            self._desk.forget(child.name)
-        for shard in parts.shards_of_actor(self._config, child.index):
-            self._children[f"shard {shard}"].worker.end_writer.remote(child.writer)
+            self._shards.started(child, answer)
+
+    def _replace(self, child: Child, why: str) -> str | None:
+        if child.kind == "shard":
+            self._shards.replace(child, why)
+            return None
+        self._end_actor(child)
         self._spawn_actor(child.index)
         self._head.rebase(child.name, {})
         self._start_actor(child.index)
         return "a new one takes its place"
 
+    def _end_actor(self, child: Child) -> None:
+        self._relays.detach(child.name)
+        if self._desk.is_open:
+            self._desk.forget(child.name)
+        for shard in self._children.of("shard"):
+            if shard.worker is not None:
+                shard.worker.end_writer.remote(child.writer)
+
+    def _forget_actor(self, child: Child) -> None:
+        self._end_actor(child)
+        self._next_episode.pop(child.name, None)
+
+    # ------------------------------------------------------------------- scale
+
+    def _scale(self, actors: int | None, shards: int | None) -> dict[str, int]:
+        before = self._config
+        wanted = super()._scale(actors, shards)
+        if self._config != before:
+            self._children["shard 0"].worker.set_limit.remote(self._config)
+            self._reroute()
+        return wanted
+
+    def _scale_shards(self) -> None:
+        self._shards.scale(self._config.replay.shards)
+
+    def _checkpoint_due(self) -> bool:
+        """As `RunHead._checkpoint_due`, and soon after a shard has left: the one before has its rows elsewhere."""
+        return super()._checkpoint_due() or (self._shards.has_changed and self._shards.is_settled)
+
+    def moving(self) -> str | None:
+        return "steps are on their way from a shard that leaves to the others" if self._shards.is_handing_over else None
+
     def _more_state(self) -> dict[str, Any]:
-        return {"next_episode": self._next_episode}
+        return {
+            "next_episode": self._next_episode,
+            "shards": self._shards.state(),
+            "outside": self._outside.state(),
+        }
 
     def _restore_more(self, kept: Mapping[str, Any]) -> None:
         self._next_episode = dict(kept["next_episode"])
+        self._shards.restore(kept["shards"])
         if (tasks := parts.make_tasks(self._config)) is not None:
             for child in self._children.of("actor"):
                 self._desk.serve(child.name, child.incarnation)
@@ -237,7 +256,8 @@ class ControlHeadWorker(RunHead):
                 lengths += status["lengths"]
                 self._next_episode[name] = status["next_episode"]
         desk = self._ask_desk()
-        self._recorder.row(self._head.tick(Tick(**moment, returns=returns, lengths=lengths, desk=desk)))
+        row = self._head.tick(Tick(**moment, returns=returns, lengths=lengths, desk=desk))
+        self._show_row(row | self._outside.tick())
         extent = self._head.return_extent
         if moment["learner"] and extent is not None and extent != self._told_extent:
             self._told_extent = extent
@@ -265,7 +285,7 @@ class ControlHeadWorker(RunHead):
 
     def _ask_evaluation(self, weights: Any) -> Any:
         if "evaluator" not in self._children:
-            self._children.make("evaluator", EvaluatorWorker, self._config, self._schema, cpus=0.0)
+            self._children.make("evaluator", EvaluatorWorker, self._config, self._schema, options={"num_cpus": 0})
         return self._children["evaluator"].worker.evaluate.remote(weights)
 
     def _evaluation_again(self, kept: Mapping[str, Any]) -> Evaluation:
@@ -280,10 +300,11 @@ class ControlHeadWorker(RunHead):
 
     def _checkpoint(self) -> bool:
         done = super()._checkpoint()
+        self._shards.has_changed = False
         if self._desk.is_open and (latest := self._latest()) is not None:
             self._desk.saved(latest.path)
         return done
 
-    def _save_more(self, path: Path) -> None:
+    def save_more(self, path: Path) -> None:
         if self._desk.is_open:
             self._desk.save(path)

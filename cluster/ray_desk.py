@@ -107,5 +107,18 @@ def exchange_with(head: Any, actor: str, incarnation: int, *, timeout_s: float) 
     return call
 
 
+def answers(
+    exchange: Callable[..., Answer | None], requests: Sequence[Sequence[Any]]
+) -> list[Answer | Exception | None]:
+    """Call `exchange` with each of these arguments; what a call raises stands in the place of its answer."""
+    found: list[Answer | Exception | None] = []
+    for request in requests:
+        try:
+            found.append(exchange(*request))
+        except Exception as error:
+            found.append(error)
+    return found
+
+
 def _name(actor: str, incarnation: int) -> str:
     return f"{actor} of {incarnation}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import ray
 
 from cluster.books import Books, Measured
@@ -96,7 +97,7 @@ class Evaluations:
             self._children.kill("evaluator")
             self._is_second_try = again
             if again:
-                self._running = replace(ended, answer=self._ask(ray.put(ended.data)))
+                self._running = replace(ended, answer=self._ask(ray.put(np.frombuffer(ended.data, np.uint8))))
             return None
         self._is_second_try = False
         evaluation = self._read(found, ended.step, ended.version)

@@ -10,42 +10,49 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import ray
 
 from cluster.books import SILENT_S, Books, Measured
 from cluster.checkpoint import Checkpoint, Checkpoints, read_manifest
 from cluster.files import read_json, write_json
 from cluster.head_state import HeadStateFile, Shown
+from cluster.ray_actors import Actors
+from cluster.ray_checkpoints import RunCheckpoints, save_learner, save_shards
 from cluster.ray_children import HEAD as HEAD_NAME
 from cluster.ray_children import (
     MOST_RESTARTS,
     SAVE_S,
     START_S,
+    STOP_S,
     WITHIN_S,
     Child,
     Children,
     RunError,
     end_processes,
-    gpus_of_a_learner,
-    saved,
-    short,
 )
+from cluster.ray_control_plane import ControlPlane
 from cluster.ray_evaluations import Evaluations
-from cluster.ray_threads import process
+from cluster.ray_files import FolderMark, ServedFolder
+from cluster.ray_learners import Learners
+from cluster.ray_metrics import RayMetrics
+from cluster.ray_placement import Placement
+from cluster.ray_relay import Relays
+from cluster.ray_threads import RunProcess, process
 from cluster.ray_weights import PublishedWeights, Weights, newest_of
-from cluster.recorder import HEAD, LEARNER, Recorder
+from cluster.recorder import HEAD, Recorder
+from cluster.requests import Requests
 from cluster.runs import ADDRESSES, RunFolder
+from cluster.scaling import scaled
 
 SHORTEST_S = 0.05  # between two looks at all processes
-RETRY_S = 30.0  # until a checkpoint that could not be written is tried again
 EVALUATE_S = 1800.0  # the longest that the end of a run waits for an evaluation
-STOP_S = 10.0  # how long an actor may take to stop, a learner thrice that
 LINGER_S = 60.0  # how long the head of an ended run waits for a driver to ask how it ended
 BORN_AHEAD = 1 << 12  # processes that a dead head may have started since its last state
 
@@ -65,12 +72,11 @@ def resumed_at(
     return since, None if resume is None else read_json(resume / HEAD)
 
 
-class RunHead(ABC):
+class RunHead(RunProcess, ABC):
     """What the heads of all kinds of runs have in common; a subclass is the named detached Ray actor.
 
     A subclass makes its own fields after those of this class, and then calls `_begin`, which starts the control loop. What
-    it fills in are the abstract methods; `_arguments`, `_start_learners`, `_save_learner`, `_save_shards`, `_save_more`,
-    `_stall`, `_checkpoint_due`, `_to_evaluate`, `_more_state` and `_restore_more` have a body that it may replace.
+    it fills in are the abstract methods; the others have a body that it may replace.
     """
 
     FIRST: ClassVar[str]  # what actors do first, as the event of it says: "environment step"
@@ -92,8 +98,9 @@ class RunHead(ABC):
         kept: what a head that died has left in the folder; None for the first head of a run.
         hold_back: how many versions actors stay behind the newest weights.
         """
+        self._called("head", None, run=folder.config.name)
         self._folder = folder
-        self._config = folder.config
+        self._metrics = RayMetrics(folder.path.name) if folder.config.ray.metrics else None
         self._security = folder.security()
         self._resume = resume
         self._wall_started = wall_started
@@ -111,24 +118,61 @@ class RunHead(ABC):
         self._deaths = [at for at in deaths if now - at <= WITHIN_S]  # of heads; epoch
         self._born = 0 if kept is None else kept["born"] + BORN_AHEAD
         self._is_started = False
-        self._is_checkpointing = False
         self._stop_reason: str | None = None  # once the run is ending
-        self._learner_start: tuple[str | None, int] | None = None  # file and version that learners began with
-        self._children = Children(ray.get_runtime_context().namespace, tell=self._recorder.event)
-        self._addresses: list[str] = []  # of the shards
-        self._ports: list[int] = []
+        namespace = ray.get_runtime_context().namespace
+        self._children = Children(namespace, tell=self._recorder.event)
+        self._placement = Placement(folder.config, namespace)
+        self._mark = FolderMark.leave(folder.path, afresh=kept is None)
+        self._served = ServedFolder(folder.checkpoints)
+        self._learners = Learners(
+            folder,
+            head,
+            self._children,
+            self._placement,
+            make=self._make_learner,
+            routes=self._routes,
+            incarnation=self._incarnation,
+            highest_version=self._highest_version,
+            latest=self._latest,
+            tell=self._recorder.event,
+        )
         self._weights = PublishedWeights(hold_back=hold_back)
+        self._relays = Relays(self._self, self._weights)
         self._evaluations = Evaluations(
             head, self._children, ask=self._ask_evaluation, read=self._evaluation_of, tell=self._recorder.event
         )
-        self._tried_at = 0.0  # to write a checkpoint; monotonic
-        self._next_warning = 0  # of learner 0
+        self._checkpoints = RunCheckpoints(
+            head,
+            self._children,
+            self._recorder,
+            self._evaluations,
+            self._weights,
+            self,
+            fetch_weights=self._fetch_weights,
+            keep=self._keep,
+        )
         self._first_step_told = False
         self._first_step: float | None = None  # monotonic
         self._finishing = False
         self._stop_asked: str | None = None
         self._wake = threading.Event()
+        self._requests = Requests(self._wake)
+        self._actors = Actors(
+            self._children,
+            head,
+            self._relays,
+            spawn=self._spawn_actor,
+            start=self._start_actor,
+            forget=self._forget_actor,
+            tell=self._recorder.event,
+        )
+        self._plane = ControlPlane(folder, head, self._children, self._placement, self._requests, stop=self.stop)
         self._outcome: dict[str, Any] | None = None
+
+    @property
+    def _config(self) -> Any:
+        """The settings of the run; scaling changes some."""
+        return self._folder.config
 
     def _begin(self) -> None:
         """Start the control loop."""
@@ -142,12 +186,27 @@ class RunHead(ABC):
         """Start everything: all processes at once, for most of the time goes into their imports."""
 
     @abstractmethod
-    def _make_learner(self, rank: int, *, name: str, gpus: float, incarnation: int) -> None:
-        """Make one learner process, without starting it; the incarnation is the same for all learners of a group."""
+    def _make_learner(self, rank: int, *, name: str, options: Mapping[str, Any], incarnation: int) -> None:
+        """As `cluster.ray_learners.MakeLearner`."""
 
     @abstractmethod
-    def _replace(self, child: Child) -> str:
-        """Make and start a new process in the place of an actor or shard that was cleared away; what became of its data."""
+    def _replace(self, child: Child, why: str) -> str | None:
+        """Make and start a new process in the place of an actor or shard that was cleared away.
+
+        Returns what became of its data; None where that is told once it is known.
+        """
+
+    @abstractmethod
+    def _routes(self) -> dict[int, str]:
+        """Addresses of the shards that are read from, by their numbers."""
+
+    @abstractmethod
+    def _spawn_actor(self, index: int) -> None:
+        """Make an actor, without starting it."""
+
+    @abstractmethod
+    def _forget_actor(self, child: Child) -> None:
+        """An actor is gone and nobody takes its place: end what it wrote, and take back what it was given."""
 
     @abstractmethod
     def _tick(self) -> None:
@@ -167,31 +226,47 @@ class RunHead(ABC):
 
     def _arguments(self) -> dict[str, tuple[Any, ...]]:
         """Arguments of the next `status` of processes, by their name."""
-        return {"learner": (self._next_warning,)}
+        return {"learner": self._learners.status_arguments}
 
-    def _save_learner(self, path: Path) -> int:
-        """Have the learners' state written to a file. Returns the updates made; raises what `saved` does."""
-        return int(saved(self._children["learner"].worker.save.remote(str(path))))
+    def save_learner(self, path: Path) -> int:
+        """As `Saves.save_learner`."""
+        return save_learner(self._children, path)
 
-    def _save_shards(self, replay: Path, before: Path | None) -> list[dict[str, int]]:
-        """Have all shards write their rows at once. Returns their counters; raises what `saved` does."""
-        shards = [self._children[f"shard {index}"] for index in range(self._config.replay.shards)]
-        previous = None if before is None else str(before)
-        return [saved(answer) for answer in [shard.worker.save.remote(str(replay), previous) for shard in shards]]
+    def save_shards(self, replay: Path, before: Path | None) -> dict[str, dict[str, int]]:
+        """As `Saves.save_shards`."""
+        return save_shards(self._children, replay, before)
 
-    def _save_more(self, path: Path) -> None:  # noqa: B027 - most runs have none
-        """Write further files into the folder of a checkpoint."""
+    def save_more(self, path: Path) -> None:
+        """As `Saves.save_more`."""
 
     def _more_state(self) -> dict[str, Any]:
         """What else a new head needs that takes this one's place, as JSON."""
         return {}
 
-    def _restore_more(self, kept: Mapping[str, Any]) -> None:  # noqa: B027 - most runs have none
+    def _restore_more(self, kept: Mapping[str, Any]) -> None:
         """Take over what `_more_state` has returned; the processes that live on are known by now, and not looked at yet."""
 
     @abstractmethod
     def _start_actor(self, index: int) -> None:
         """Have an actor begin, or, where it is told so again, tell once more how it began."""
+
+    def _learners_restarted(self) -> None:
+        """New learners take the place of others."""
+
+    def _started(self, child: Child, answer: Mapping[str, Any]) -> None:
+        """A process that was started has answered."""
+        if child.kind == "actor":
+            self._relays.attach(child.name, child.worker, answer["process"]["node_id"])
+
+    def _reroute(self) -> None:
+        """Tell everybody where the shards are now."""
+
+    def _scale_shards(self) -> None:
+        """Take a step towards as many shards as there should be."""
+
+    def moving(self) -> str | None:
+        """As `Saves.moving`."""
+        return None
 
     def _stall(self) -> str | None:
         """A line about what is stuck, told once; None where nothing is."""
@@ -199,7 +274,9 @@ class RunHead(ABC):
 
     def _checkpoint_due(self) -> bool:
         """Whether a checkpoint should be written now; not while a learner starts."""
-        if any(child.starting is not None for child in self._children.of("learner")):
+        if self._learners.are_starting or self.moving() is not None:
+            return False
+        if any(child.starting is not None for child in self._children.of("shard")):
             return False
         return self._head.checkpoint_due(time.monotonic())
 
@@ -209,13 +286,19 @@ class RunHead(ABC):
 
     # ------------------------------------------------- calls from other processes
 
-    def publish(self, version: int, data: bytes) -> None:
+    def publish(self, version: int, data: np.ndarray) -> None:
         """The learner's new weights. They are put into the object store by the head, which outlives the learner."""
         self._weights.publish(version, data)
+        self._relays.publish()
 
-    def policy(self, have: int) -> tuple[int, Any] | None:
+    def policy(self, have: int, wait_s: float = 0.0) -> tuple[int, Any] | None:
         """As `PublishedWeights.policy`."""
-        return self._weights.policy(have)
+        return self._weights.policy(have, wait_s)
+
+    @ray.method(concurrency_group="files")  # type: ignore[untyped-decorator]
+    def files(self, operation: str, *arguments: Any) -> Any:
+        """As `ServedFolder.do`, for processes on nodes that do not see the run's folder."""
+        return self._served.do(operation, *arguments)
 
     def status(self, after: int) -> dict[str, Any]:
         """What was shown from number `after` on as (row, line), the number to ask for `next`, and how the run ended once it has.
@@ -238,6 +321,7 @@ class RunHead(ABC):
         self._children.started(HEAD_NAME, process())
         outcome: dict[str, Any] | None = None if kept is None else kept["outcome"]
         try:
+            self._plane.open(None if kept is None else kept["control_port"], tell=self._recorder.event)
             if outcome is None:
                 outcome = {"summary": self._run()}
         except BaseException as error:
@@ -249,6 +333,8 @@ class RunHead(ABC):
             # Before anything is removed that a head which takes this one's place would miss.
             for end in (
                 partial(self._keep, outcome),
+                partial(self._requests.close, "the run has ended"),
+                self._plane.close,
                 self._remove_addresses,
                 self._recorder.close,
                 self._end_processes,
@@ -288,8 +374,12 @@ class RunHead(ABC):
                 )
                 self._keep()
                 end_processes(but={HEAD_NAME})
+                self._placement.close()
                 self._start()
         self._is_started = True
+        self._plane.state = "training"
+        if kept is not None:  # the dead one may not have come to it
+            self._reroute()
         self._keep()
         return self._finish(self._stop_reason or self._supervise())
 
@@ -298,7 +388,9 @@ class RunHead(ABC):
 
     def _end_processes(self) -> None:
         self._children.close()
+        self._relays.close()
         end_processes(but={HEAD_NAME})  # of a head that died meanwhile
+        self._placement.close()
 
     def _supervise(self) -> str:
         period = self._config.report_every_s
@@ -306,9 +398,13 @@ class RunHead(ABC):
         while True:
             # Sooner than the next row where a stop or an evaluation comes sooner.
             due = max(due + min(period, self._head.seconds_to_due()), time.monotonic() + SHORTEST_S)
-            self._wake.wait(max(0.0, due - time.monotonic()))
+            if self._wake.wait(max(0.0, due - time.monotonic())) and self._stop_asked is None:
+                self._wake.clear()
             self._collect()
             self._tick()
+            self._requests.answer({"scale": self._scale, "checkpoint": self._checkpoint_asked})
+            self._scale_shards()
+            self._actors.scale(self._config.actors.count)
             if (stall := self._stall()) is not None:
                 self._recorder.event("warning", stall)
             self._follow_evaluation()
@@ -321,13 +417,15 @@ class RunHead(ABC):
             if can_begin and (evaluations.is_lost or self._head.evaluation_due()):
                 evaluations.begin(*self._to_evaluate())
             # Not while somebody does not answer: the checkpoint would wait for it, and nobody tell of the stall.
-            again = evaluations.unsaved_best is not None and time.monotonic() - self._tried_at > RETRY_S
+            again = evaluations.unsaved_best is not None and self._checkpoints.may_retry
             if (again or self._checkpoint_due()) and not self._children.silent(0.0):
                 self._checkpoint()
 
     def _finish(self, reason: str) -> dict[str, Any]:
         head = self._head
         self._finishing, self._stop_reason = True, reason
+        self._plane.state = "stopping"
+        self._requests.close("the run is ending")
         self._keep()
         # Actors first: one that waits for room in the replay needs the learner to go on.
         for child in self._children.of("actor"):
@@ -336,6 +434,7 @@ class RunHead(ABC):
                 ray.kill(child.worker)
         self._children.ask_all("actor", "stop", STOP_S, timeout_s=STOP_S + 5.0)
         self._stop_learners()
+        self._settle()
         if not self._stop_asked:  # who asks to stop has no time for it
             self._await_evaluation()
         due = head.final_evaluation_due or (self._evaluations.is_lost and not self._stop_asked)
@@ -363,12 +462,23 @@ class RunHead(ABC):
             self._follow_evaluation()
             self._tick()  # a row holds one evaluation, and there may be another one to come
 
+    def _settle(self) -> None:
+        """Wait for shards that start or hand their rows over, so that the last checkpoint has all rows once."""
+        deadline = time.monotonic() + (SAVE_S if self._stop_asked is None else START_S)  # who asks to stop has no time
+        while time.monotonic() < deadline:
+            is_starting = any(child.starting is not None for child in self._children.of("shard"))
+            if not is_starting and self.moving() is None:
+                return
+            time.sleep(SHORTEST_S)
+            self._collect()
+            self._scale_shards()
+            self._tick()
+
     def _stop_learners(self) -> None:
         """Stop the learners, once they have started where they still do; the counts are final then."""
         self._collect()
-        starting = [child.starting for child in self._children.of("learner") if child.starting is not None]
-        if starting and (self._weights.newest.version or not self._stop_asked):
-            ray.wait(starting, num_returns=len(starting), timeout=START_S)
+        if self._learners.are_starting and (self._weights.newest.version or not self._stop_asked):
+            self._learners.await_start()
             self._collect()
         if not self._children.silent(SILENT_S):
             self._children.ask_all("learner", "stop", 3 * STOP_S, timeout_s=3 * STOP_S + 5.0)
@@ -380,50 +490,7 @@ class RunHead(ABC):
     def _tell_addresses(self) -> None:
         """For `millrace replay`, and whoever else wants to look into the service of a run."""
         with suppress(OSError):  # a full disk costs them that
-            write_json(self._folder.path / ADDRESSES, {"addresses": self._addresses})
-
-    def _spawn_learners(self) -> None:
-        gpus = gpus_of_a_learner(self._config, tell=self._recorder.event)
-        incarnation = self._incarnation()  # one for all: they draw the same numbers
-        self._next_warning = 0
-        for rank in range(self._config.learners.count):
-            self._make_learner(rank, name=_learner(rank), gpus=gpus, incarnation=incarnation)
-
-    def _start_learners(self, checkpoint: Path | None, version: int) -> None:
-        """Have the learners begin, together: those of a group wait for each other where learner 0 tells.
-
-        One that has begun already tells once more how.
-        """
-        learners = [self._children[_learner(rank)] for rank in range(self._config.learners.count)]
-        self._learner_start = None if checkpoint is None else str(checkpoint), version
-        # Not waited for: Ray hands the answer to the others once it is there.
-        rendezvous = learners[0].worker.rendezvous.remote() if len(learners) > 1 else None
-        for child in learners:
-            child.starting = child.worker.start.remote(self._addresses, *self._learner_start, rendezvous)
-
-    def _restart_learners(self, failed: Sequence[tuple[Child, str]]) -> None:
-        """Put new learners in the place of all, where one is dead or failed: they must go on from the same parameters."""
-        self._head.counts.restarts += 1
-        # One that died explains why others, left alone, failed.
-        child, why = next((found for found in failed if found[1] == "died"), failed[0])
-        count = self._config.learners.count
-        self._children.clear_for_restart(child, why)
-        for rank in range(count):
-            other = self._children[_learner(rank)]
-            if other is not child:
-                other.end()
-        checkpoint = self._latest()
-        before = self._head.counts.updates
-        self._spawn_learners()
-        version = self._highest_version() + 1
-        self._start_learners(None if checkpoint is None else checkpoint.path / LEARNER, version)
-        self._head.rebase("learner", {})
-        back = 0 if checkpoint is None else checkpoint.updates
-        lost = max(0, before - back)
-        self._head.counts.updates_lost += lost
-        new = "a new one goes on" if count == 1 else f"{count} new learners go on"
-        self._recorder.event("restart", f"{child.name} {why}; {new} from update {back}, {lost} updates are lost")
-        self._keep()
+            write_json(self._folder.path / ADDRESSES, {"addresses": list(self._routes().values())})
 
     def _incarnation(self) -> int:
         """Tells every process that this run ever starts from every other, for their seeds."""
@@ -433,15 +500,54 @@ class RunHead(ABC):
     def _restart(self, child: Child, why: str) -> None:
         """Put a new process in the place of a dead or failed shard or actor."""
         name = child.name
+        if child.kind == "actor" and child.leaving is not None:
+            self._recorder.event("warning", f"{name} {why} while it was leaving")
+            self._actors.remove(child)
+            return
         if self._finishing and child.kind == "actor":
             self._children.lost.add(name)
             self._recorder.event("warning", f"{name} {why} while the run was ending")
             return
         self._children.clear_for_restart(child, why)
         self._head.counts.restarts += 1
-        told = self._replace(child)
-        self._recorder.event("restart", f"{name} {why}; {told}")
+        told = self._replace(child, why)
+        if told is not None:
+            self._recorder.event("restart", f"{name} {why}; {told}")
         self._keep()
+
+    # ------------------------------------------------------------------- scale
+
+    def _scale(self, actors: int | None, shards: int | None) -> dict[str, int]:
+        """Want other numbers of processes from now on; None leaves one as it is. Returns what is wanted.
+
+        Raises:
+            ValueError: there cannot be so many.
+        """
+        before = self._config
+        config = scaled(before, actors=actors, shards=shards)
+        wanted = {"actors": config.actors.count, "shards": config.replay.shards}
+        if config != before:
+            self._folder.rewrite(config)
+            self._head.config = config
+            had = {"actors": before.actors.count, "shards": before.replay.shards}
+            changes = [f"{kind} from {had[kind]} to {wanted[kind]}" for kind in wanted if wanted[kind] != had[kind]]
+            self._recorder.event("scale", f"scaled: {', '.join(changes)}")
+            self._keep()
+            self._wake.set()
+        return wanted
+
+    def _checkpoint_asked(self) -> dict[str, Any]:
+        """Write a checkpoint because somebody asked for one. Returns its folder and step.
+
+        Raises:
+            RuntimeError: there is none now; the events say why.
+        """
+        if (why := self.moving()) is not None:
+            raise RuntimeError(f"no checkpoint was written: {why}; ask again")
+        before = self._head.step
+        if not self._checkpoint() or (latest := self._latest()) is None or latest.env_steps < before:
+            raise RuntimeError("no checkpoint was written; `millrace logs` tells why")
+        return {"path": str(latest.path), "step": latest.env_steps}
 
     def _latest(self) -> Checkpoint | None:
         return Checkpoints(self._folder.checkpoints, keep=self._config.checkpoints.keep).latest()
@@ -464,25 +570,21 @@ class RunHead(ABC):
             "children": self._children.known(),
             "lost": sorted(self._children.lost),
             "born": self._born,
-            "addresses": self._addresses,
-            "ports": self._ports,
-            "learner_start": self._learner_start,
-            "next_warning": self._next_warning,
+            "control_port": self._plane.port,
             "first_step": None if first_step is None else first_step - time.monotonic() + time.time(),
-            "is_checkpointing": self._is_checkpointing,
+            "is_checkpointing": self._checkpoints.is_writing,
         }
-        self._state_file.write(state | self._evaluations.state() | self._more_state())
+        self._state_file.write(state | self._learners.state() | self._evaluations.state() | self._more_state())
 
     def _come_back(self, kept: Mapping[str, Any]) -> None:
         """Take over the processes of the head that died, and all that it knew; those that are gone are found by the first look."""
         self._stop_asked = self._stop_asked or kept["stop_asked"]
         self._stop_reason = kept["stop_reason"]
         self._finishing = self._stop_reason is not None
-        self._addresses, self._ports = kept["addresses"], kept["ports"]
-        self._next_warning = kept["next_warning"]
         if kept["first_step"] is not None:
             self._first_step_told = True
             self._first_step = time.monotonic() - (time.time() - kept["first_step"])
+        self._placement.adopt()
         starting = self._children.adopt(kept["children"])
         self._children.lost.update(kept["lost"])
         if kept["is_checkpointing"]:
@@ -493,17 +595,14 @@ class RunHead(ABC):
         checkpoints = Checkpoints(self._folder.checkpoints)
         self._evaluations.restore(kept, again=self._evaluation_again, checkpoints=checkpoints)
         self._restore_more(kept)
+        for child in self._children.of("actor"):
+            if child.worker is not None and child.process:
+                self._relays.attach(child.name, child.worker, child.process["node_id"])
         for child in starting:
             if child.kind == "actor":
                 self._start_actor(child.index)
-        learners = self._children.of("learner")
-        if all(child.worker for child in learners):
-            if any(child.kind == "learner" for child in starting):
-                checkpoint, version = kept["learner_start"]
-                self._start_learners(None if checkpoint is None else Path(checkpoint), version)
-            else:
-                self._fetch_weights()
-        self._learner_start = self._learner_start or kept["learner_start"]
+        if self._learners.restore(kept, starting):
+            self._fetch_weights()
         self._head.counts.restarts += 1
         count = sum(child.worker is not None for child in self._children.all())
         told = f"the head died; a new one goes on at step {self._head.step} with {count} processes, which lived on"
@@ -519,23 +618,25 @@ class RunHead(ABC):
     def _collect(self) -> None:
         """Take in every process's status, and start the dead ones again."""
         try:
-            failed = self._children.look(self._arguments())
+            found = self._children.look(self._arguments(), self._relays)
         finally:  # what the learner warned of may explain why it failed
-            self._tell_warnings()
-        for child, why in failed:
+            self._learners.tell_warnings()
+        for child, answer in found.started:
+            self._started(child, answer)
+        for child, why in found.failed:
             if child.kind != "learner":
                 self._restart(child, why)
-        if learners := [(child, why) for child, why in failed if child.kind == "learner"]:
-            self._restart_learners(learners)
+        if learners := [(child, why) for child, why in found.failed if child.kind == "learner"]:
+            self._learners.restart(learners)
+            self._learners_restarted()
+            self._keep()
 
-    def _tell_warnings(self) -> None:
-        """Tell of what learner 0 has warned of since; the others of a group see the same."""
-        status = self._children["learner"].status if "learner" in self._children else {}
-        # A status that came late is looked at again.
-        if status.get("next_warning", 0) > self._next_warning:
-            self._next_warning = status["next_warning"]
-            for line in status["warnings"]:
-                self._recorder.event("warning", f"learner: {line}")
+    def _show_row(self, row: dict[str, float]) -> None:
+        """Keep and show a row of metrics."""
+        self._recorder.row(row)
+        self._plane.row(row)
+        if self._metrics is not None:
+            self._metrics.row(row)
 
     def _moment(self) -> dict[str, Any]:
         """The fields of a `cluster.books.Moment`, from the newest statuses."""
@@ -577,45 +678,5 @@ class RunHead(ABC):
             self._checkpoint()
 
     def _checkpoint(self) -> bool:
-        """Write a checkpoint, or a line that says why there is none. Returns whether every process did its part.
-
-        It holds the best policy where that is in no checkpoint yet, else the newest.
-        """
-        self._tried_at = time.monotonic()
-        if silent := self._children.silent(SILENT_S):
-            self._recorder.event("warning", f"no checkpoint was written: no answer from {', '.join(silent)}")
-            return False
-        if any(child.starting is not None or child.status.get("error") for child in self._children.of("learner")):
-            self._recorder.event("warning", "no checkpoint was written: the learner was not running")
-            return False
-        if not self._weights.newest.version:
-            self._fetch_weights()
-        evaluation, policy = self._evaluations.unsaved_best or (self._head.evaluation_now, self._weights.newest.data)
-        if not policy:
-            self._recorder.event("warning", "no checkpoint was written: the learner has published no weights yet")
-            return False
-        self._is_checkpointing = True
-        self._keep()
-        try:
-            written = self._recorder.checkpoint(
-                save_learner=self._save_learner,
-                save_shards=self._save_shards,
-                policy=policy,
-                evaluation=evaluation,
-                save_more=self._save_more,
-            )
-        except ray.exceptions.RayError as error:
-            # A process died meanwhile: the next look at it starts it again, and what was written is gone.
-            self._recorder.event("warning", f"no checkpoint was written: {short(error)}")
-            return False
-        finally:
-            self._is_checkpointing = False
-        if written:
-            self._evaluations.saved()
-        self._keep()
-        return True
-
-
-def _learner(rank: int) -> str:
-    """Name of a learner; the first, which there always is, needs no number."""
-    return f"learner {rank}" if rank else "learner"
+        """As `RunCheckpoints.write`."""
+        return self._checkpoints.write(is_last=self._finishing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +17,15 @@ import ray
 from cluster.checkpoint import Checkpoint
 from cluster.head_state import STATE
 from cluster.ray_children import HEAD, end_processes
+from cluster.ray_placement import PRIVATE, alive_nodes, await_resources, needs, on_this_node, remove_groups
 from cluster.runs import AnyConfig, RunFolder
 from configs.llm import LlmConfig
 from replay.security import check_host
 
 POLL_S = 0.5
+PROBE_S = 2.0  # between two looks whether Ray's control store is there
+LOST_S = 30.0  # without an answer it is lost; Ray waits twice as long
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 REACH_S = 5.0  # how long a cluster may take to accept a connection
 
 
@@ -31,17 +36,6 @@ class ClusterError(RuntimeError):
 def namespace(run: str) -> str:
     """Ray namespace of a run's processes."""
     return f"millrace-{run}"
-
-
-def needed_cpus(config: AnyConfig) -> float:
-    """CPUs that Ray must set aside for a run."""
-    return config.actors.count * config.actors.cpus + config.learners.count * config.learners.cpus
-
-
-def needed_gpus(config: AnyConfig) -> float:
-    """GPUs that Ray must set aside for a run, but for those that learners take where there are some."""
-    actors = config.actors.count * config.actors.gpus if isinstance(config, LlmConfig) else 0.0
-    return actors + config.learners.count * (config.learners.gpus or 0.0)
 
 
 def _head_of(config: AnyConfig) -> tuple[Any, dict[str, Any]]:
@@ -78,7 +72,7 @@ def run_on_ray(
     Raises:
         EnvError: the environment is unknown or does not fit.
         ValueError: the TLS files cannot be used.
-        ClusterError: Ray cannot be reached, has too few CPUs or GPUs, or lost the head.
+        ClusterError: Ray cannot be reached, has too few CPUs, GPUs or other resources, or lost the head.
         RuntimeError: the run failed; the message says why.
     """
     config, security = folder.config, folder.security()
@@ -86,16 +80,20 @@ def run_on_ray(
     if (warning := check_host(config.replay.host, security)) is not None:
         show(None, warning)
     head_class, arguments = _head_of(config)
+    name = namespace(folder.path.name)
     counts = ((config.replay.shards, "shard"), (config.actors.count, "actor"), (config.learners.count, "learner"))
     show(None, "starting " + ", ".join(f"{n} {what}{'s' * (n != 1)}" for n, what in counts) + " under Ray")
     try:
         with _sigterm_kept():
-            _init(config, namespace(folder.path.name), show)
+            _init(config, name, show, stopping)
+        if HEAD not in ray.util.list_named_actors():  # what a run of this name has left that was killed as a whole
+            remove_groups(name)
         options = head_class.options(
             name=HEAD,
-            namespace=namespace(folder.path.name),
+            namespace=name,
             lifetime="detached",
             num_cpus=0,
+            **on_this_node(),  # where the run's folder is
             # A head that dies is started again, and what it was asked, which may be asked twice, is asked of the new one.
             max_restarts=-1,
             max_task_retries=-1,
@@ -114,8 +112,13 @@ def run_on_ray(
             ) from error
         try:
             return _follow(head, show, stopping)
+        except StoreLostError as error:
+            show(None, str(error))  # at once: what follows may take long
+            raise
         finally:
-            end_processes(but=())
+            if not isinstance(sys.exception(), StoreLostError):
+                end_processes(but=())
+                remove_groups(name)
             (folder.path / STATE).unlink(missing_ok=True)
     finally:
         ray.shutdown()
@@ -136,8 +139,8 @@ def _sigterm_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _init(config: AnyConfig, name: str, show: Callable[[None, str], None]) -> None:
-    """Start a private Ray or attach to a cluster."""
+def _init(config: AnyConfig, name: str, show: Callable[[None, str], None], stopping: threading.Event) -> None:
+    """Start a private Ray or attach to a cluster, and see to it that the run finds room there."""
     address = config.address or os.environ.get("RAY_ADDRESS")
     common = {"namespace": name, "log_to_driver": False, "logging_level": "error"}
     if address:
@@ -149,33 +152,59 @@ def _init(config: AnyConfig, name: str, show: Callable[[None, str], None]) -> No
                 f"no Ray cluster answers at {address}: {error}; start one (`ray start --head`), or leave out --address to "
                 "start a private one"
             ) from error
-        nodes = sum(node["Alive"] for node in ray.nodes())
-        if nodes > 1 and config.replay.host in ("127.0.0.1", "localhost"):
-            ray.shutdown()
-            raise ClusterError(
-                f"the cluster at {address} has {nodes} nodes, and shards that listen on replay.host {config.replay.host} are "
-                "reached from their own node only; set --replay.host node, on a network you trust"
-            )
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # A laptop may run more actors than it has cores; Ray would let the rest wait for ever.
-        cpus = max(os.cpu_count() or 1, int(needed_cpus(config) + 1))
+        needed = sum(need.count * need.resources.get("CPU", 0.0) for need in needs(config))
         context = ray.init(
             address="local",
-            num_cpus=cpus,
+            num_cpus=max(os.cpu_count() or 1, int(needed + 1)),
+            resources={PRIVATE: 1.0},
             include_dashboard=config.ray.dashboard,
             object_store_memory=config.ray.object_store_mb * 2**20,
             **common,
         )
-    have, want = ray.cluster_resources(), {"CPU": needed_cpus(config), "GPU": needed_gpus(config)}
-    if short := [f"{want[k]:g} {k}s, and it has {have.get(k, 0):g}" for k in want if want[k] > have.get(k, 0)]:
+    try:
+        _check_host(config, address)
+        _check_resources(config, address, show, stopping)
+        _check_host(config, address)  # once more: a node may have joined meanwhile
+    except BaseException:
         ray.shutdown()
-        raise ClusterError(
-            f"{f'the cluster at {address}' if address else 'this machine'} is too small: the run asks for {'; '.join(short)}; "
-            f"lower actors.count, actors.cpus, {'actors.gpus, ' * isinstance(config, LlmConfig)}learners.cpus or learners.gpus"
+        raise
+    if len(alive_nodes()) > 1 and config.control.host in LOOPBACK:
+        show(
+            None,
+            f"only this node reaches the run (millrace status, scale, stop), for control.host is {config.control.host}; "
+            "--control.host node opens it to others",
         )
     if url := context.dashboard_url:
         show(None, f"Ray dashboard: http://{url}")
+
+
+def _check_host(config: AnyConfig, address: str | None) -> None:
+    """Raises ClusterError where nodes of a cluster could not reach the shards."""
+    nodes = len(alive_nodes())
+    if nodes > 1 and config.replay.host in LOOPBACK:
+        raise ClusterError(
+            f"the cluster at {address} has {nodes} nodes, and shards that listen on replay.host {config.replay.host} are "
+            "reached from their own node only; set --replay.host node, on a network you trust"
+        )
+
+
+def _check_resources(
+    config: AnyConfig, address: str | None, show: Callable[[None, str], None], stopping: threading.Event
+) -> None:
+    """See to it that the run finds room; in a cluster it is waited for as long as `wait_for_resources` says."""
+    seconds = config.wait_for_resources if address else 0.0  # nobody adds nodes to a private Ray
+    missing = await_resources(needs(config), seconds, tell=lambda line: show(None, line), stopping=stopping)
+    if missing is None:
+        return
+    if stopping.is_set():
+        raise ClusterError("stopped by a signal while waiting for resources: nothing has been trained")
+    where = f"the cluster at {address}" if address else "this machine"
+    waited = f" after {seconds:g} s" if seconds else ""
+    advice = "" if seconds or not address else "; --wait_for_resources SECONDS waits for nodes that join"
+    raise ClusterError(f"{where} is too small{waited}: {missing}{advice}")
 
 
 def _reach(address: str) -> None:
@@ -185,13 +214,50 @@ def _reach(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
 
 
+class StoreLostError(ClusterError):
+    """The cluster's head node is gone; nothing can be asked of Ray any more."""
+
+
+class _ControlStore:
+    """Ray's control store, on the cluster's head node: Ray itself ends the process a minute after it is gone, with no word of ours."""
+
+    def __init__(self) -> None:
+        self._address = ray.get_runtime_context().gcs_address
+        self._seen = self._tried = time.monotonic()
+
+    def check(self) -> None:
+        """Look whether it answers, from time to time.
+
+        Raises:
+            StoreLostError: it has not for `LOST_S`.
+        """
+        now = time.monotonic()
+        if now - self._tried < PROBE_S:
+            return
+        self._tried = now
+        try:
+            _reach(self._address)
+            self._seen = time.monotonic()
+        except OSError as error:
+            if (silent := time.monotonic() - self._seen) > LOST_S:
+                raise StoreLostError(
+                    f"the head node of the cluster is lost: Ray's control store at {self._address} has not answered for "
+                    f"{silent:.0f} s ({error}); start the cluster again, and go on from the last checkpoint with --resume"
+                ) from None
+
+
 def _follow(
     head: Any, show: Callable[[dict[str, float] | None, str | None], None], stopping: threading.Event
 ) -> dict[str, Any]:
     after, told = 0, False
+    store = _ControlStore()
     while True:
         try:
-            status = ray.get(head.status.remote(after))
+            answer = head.status.remote(after)
+            while not ray.wait([answer], timeout=PROBE_S)[0]:
+                store.check()
+            store.check()
+            status = ray.get(answer)
         except ray.exceptions.RayActorError as error:
             raise ClusterError(f"the head is lost: {error}; go on from the last checkpoint with --resume") from error
         for row, line in status["shown"]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import ray
 
 from actors.assignments import Outcome
@@ -20,9 +21,11 @@ from cluster.llm.desk import PromptDesk
 from cluster.llm.examples import ExampleFile
 from cluster.llm.head import LlmEvaluation, LlmHead, LlmTick
 from cluster.ray_children import Child, saved
-from cluster.ray_desk import Answer, HeadDesk
-from cluster.ray_head import RETRY_S, RunHead, resumed_at
+from cluster.ray_desk import Answer, HeadDesk, answers
+from cluster.ray_files import FILES_GROUP
+from cluster.ray_head import RunHead, resumed_at
 from cluster.ray_llm_workers import LlmEvaluatorWorker, LlmLearnerWorker, QueueShardWorker, SamplerWorker
+from cluster.ray_relay import Request
 from cluster.ray_weights import Weights
 from cluster.recorder import LEARNER, replay_folder
 from cluster.runs import RunFolder
@@ -30,7 +33,7 @@ from cluster.runs import RunFolder
 STEPS_KEPT = 256  # versions whose learner steps are remembered; evaluations are of the newest
 
 
-@ray.remote
+@ray.remote(concurrency_groups=FILES_GROUP)
 class LlmHeadWorker(RunHead):
     """The head of a language-model run, as a named detached Ray actor."""
 
@@ -58,6 +61,9 @@ class LlmHeadWorker(RunHead):
         self._first: tuple[int, Weights] | None = None  # step and weights that are to be evaluated first
         self._said: deque[str] = deque()  # by the learner while it starts
         self._said_at = -math.inf  # monotonic
+        self._replaced: dict[
+            str, tuple[str, int]
+        ] = {}  # shards that start in the place of another: why, groups that waited
         self._holds = 0  # checkpoints tried: a number for each
         self._gpus = self._config.actors.count * self._config.actors.gpus  # set aside for actors and learners
         self._has_checkpoint = path is not None
@@ -74,11 +80,16 @@ class LlmHeadWorker(RunHead):
         """As `HeadDesk.exchange`; a run that is ending gives no assignments."""
         return self._desk.exchange(actor, incarnation, first, outcomes, 0 if self._finishing else want, held)
 
-    def publish(self, version: int, data: bytes, step: int = 0) -> None:
+    def exchange_many(self, requests: Sequence[Request]) -> list[Answer | Exception | None]:
+        """`exchange` of several actors, which a relay has put together; what one raises is its answer."""
+        return answers(self.exchange, requests)
+
+    def publish(self, version: int, data: np.ndarray, step: int = 0) -> None:
         """As `RunHead.publish`; `step` counts the learner steps made by these weights."""
         if version not in dict(self._steps):  # else told again
             self._steps.append((version, step))
         newest = self._weights.publish(version, data)
+        self._relays.publish()
         if self._first is None and self._config.eval.every and not self._head.first and len(self._steps) == 1:
             self._first = step, newest
 
@@ -91,22 +102,26 @@ class LlmHeadWorker(RunHead):
 
     def _start(self) -> None:
         config, counts = self._config, self._head.counts
+        self._placement.reserve(config.replay.shards, gpus=self._learners.gpus)
         for index in range(config.replay.shards):
             self._spawn_shard(index)
-        self._spawn_learners()
+        self._learners.spawn()
         for index in range(config.actors.count):
             self._spawn_actor(index)
         if config.eval.every:  # the first evaluation is due as soon as there are weights
             self._spawn_evaluator()
         self._desk.open(parts.make_desk(config), self._resume)
-        self._addresses = [""] * config.replay.shards
-        self._ports = [0] * config.replay.shards
         kept = self._resume if config.checkpoints.replay else None
-        for index in range(config.replay.shards):
-            self._start_shard(index, kept)
-        self._tell_addresses()
+        shards = [self._children[f"shard {index}"] for index in range(config.replay.shards)]
+        for child in shards:
+            self._ask_start(child, kept)
+        for child in shards:
+            answer = self._children.answer(child.name, child.starting)
+            child.starting = None
+            self._children.started(child.name, answer["process"])
+            self._started(child, answer)
         version = max(counts.version + 1, parts.FIRST_VERSION)
-        self._start_learners(None if self._resume is None else self._resume / LEARNER, version)
+        self._learners.start(None if self._resume is None else self._resume / LEARNER, version)
         for index in range(config.actors.count):
             self._start_actor(index)
         # While the others start; some verifiers take a second for it.
@@ -115,28 +130,47 @@ class LlmHeadWorker(RunHead):
 
     def _spawn_shard(self, index: int) -> None:
         self._children.make(
-            f"shard {index}", QueueShardWorker, self._config, index, self._folder.path.name, self._security, cpus=0.0
+            f"shard {index}",
+            QueueShardWorker,
+            self._config,
+            index,
+            self._folder.path.name,
+            self._security,
+            self._mark,
+            options=self._placement.shard(index),
         )
 
-    def _start_shard(self, index: int, checkpoint: Path | None, *, recover: bool = False) -> dict[str, Any]:
-        name = f"shard {index}"
-        child = self._children[name]
+    def _ask_start(self, child: Child, checkpoint: Path | None, *, recover: bool = False) -> None:
         replay = None if checkpoint is None else str(replay_folder(checkpoint))
-        answer: dict[str, Any] = self._children.answer(
-            name, child.worker.start.remote(self._ports[index], replay, recover)
-        )
-        self._addresses[index], self._ports[index] = answer["address"], answer["port"]
-        child.status = answer["status"]
-        self._children.started(name, answer["process"])
+        child.starting = child.worker.start.remote(child.port, replay, recover)
+
+    def _started(self, child: Child, answer: Mapping[str, Any]) -> None:
+        super()._started(child, answer)
+        if child.kind != "shard":
+            return
+        moved = bool(child.address) and child.address != answer["address"]
+        child.address, child.port, child.status = answer["address"], answer["port"], dict(answer["status"])
+        self._tell_addresses()
         if answer["recovered"]:
-            self._head.recovered(name, child.status)
+            self._head.recovered(child.name, child.status)
         else:
-            self._head.rebase(name, child.status)
-        return answer
+            self._head.rebase(child.name, child.status)
+        if (before := self._replaced.pop(child.name, None)) is not None:
+            why, waited = before
+            kept = int(child.status["waiting_groups"])
+            gone = f"its storage is gone, with {waited} groups that waited; a new one begins empty"
+            told = f"a new one serves all its {kept} groups" if answer["recovered"] else gone
+            self._recorder.event("restart", f"{child.name} {why}; {told}")
+        if moved:  # to another node: whoever writes to it or reads from it begins anew
+            lost = f"lost {child.name}, which is elsewhere now"
+            for actor in self._children.of("actor"):
+                if actor.worker is not None and actor.leaving is None:
+                    self._restart(actor, lost)
+            self._learners.restart([(self._children["learner"], lost)])
+            self._keep()
 
     def _spawn_actor(self, index: int) -> None:
         name, incarnation = f"actor {index}", self._incarnation()
-        settings = self._config.actors
         child = self._children.make(
             name,
             SamplerWorker,
@@ -145,22 +179,25 @@ class LlmHeadWorker(RunHead):
             self._self,
             incarnation,
             self._security,
-            cpus=settings.cpus,
-            gpus=settings.gpus,
+            options=self._placement.actor(near=self._placement.node_of_shard(index % self._config.replay.shards)),
         )
         self._desk.serve(name, incarnation)
         child.incarnation, child.writer = incarnation, parts.writer_name(index, incarnation)
 
     def _start_actor(self, index: int) -> None:
         child = self._children[f"actor {index}"]
-        child.starting = child.worker.start.remote(self._addresses)
+        child.starting = child.worker.start.remote(list(self._routes().values()))
 
-    def _make_learner(self, rank: int, *, name: str, gpus: float, incarnation: int) -> None:
+    def _routes(self) -> dict[int, str]:
+        shards = sorted(self._children.of("shard"), key=lambda child: child.index)
+        return {child.index: child.address for child in shards if child.address}
+
+    def _make_learner(self, rank: int, *, name: str, options: Mapping[str, Any], incarnation: int) -> None:
         if name in self._readers:  # what a dead one was given goes back at once, not when its lease ends
             for shard in self._children.of("shard"):
                 shard.worker.end_reader.remote(self._readers[name])
         else:
-            self._gpus += gpus
+            self._gpus += options["num_gpus"]
         self._readers[name] = parts.reader_name(rank, incarnation)
         self._children.make(
             name,
@@ -170,8 +207,8 @@ class LlmHeadWorker(RunHead):
             self._self,
             self._readers[name],
             self._security,
-            cpus=self._config.learners.cpus,
-            gpus=gpus,
+            self._mark,
+            options=options,
         )
 
     def _spawn_evaluator(self) -> None:
@@ -179,28 +216,33 @@ class LlmHeadWorker(RunHead):
         gpus = self._config.actors.gpus
         if gpus > float(ray.cluster_resources().get("GPU", 0.0)) - self._gpus:
             gpus = 0.0
-        self._children.make("evaluator", LlmEvaluatorWorker, self._config, gpus, cpus=0.0, gpus=gpus)
+        self._children.make(
+            "evaluator", LlmEvaluatorWorker, self._config, gpus, options={"num_cpus": 0, "num_gpus": gpus}
+        )
 
-    def _replace(self, child: Child) -> str:
+    def _forget_actor(self, child: Child) -> None:
+        self._end_actor(child)
+
+    def _end_actor(self, child: Child) -> int:
+        """Returns how many groups it had begun."""
+        self._relays.detach(child.name)
+        shard = self._children[f"shard {child.index % self._config.replay.shards}"]
+        if shard.worker is not None:
+            shard.worker.end_writer.remote(child.writer)
+        return self._desk.forget(child.name)
+
+    def _replace(self, child: Child, why: str) -> str | None:
         if child.kind == "shard":
-            return self._replace_shard(child)
-        lost = self._desk.forget(child.name)
-        self._children[f"shard {child.index % self._config.replay.shards}"].worker.end_writer.remote(child.writer)
+            self._replaced[child.name] = why, int(child.status.get("waiting_groups", 0))
+            self._spawn_shard(child.index)
+            # Not from a checkpoint: most of what that holds was learnt from since, and new groups are soon sampled.
+            self._ask_start(self._children[child.name], None, recover=True)
+            return None
+        lost = self._end_actor(child)
         self._spawn_actor(child.index)
         self._head.rebase(child.name, {})
         self._start_actor(child.index)
         return f"a new one takes its place; {lost} groups that it had begun are sampled no further"
-
-    def _replace_shard(self, child: Child) -> str:
-        before = int(child.status.get("waiting_groups", 0))
-        self._spawn_shard(child.index)
-        # Not from a checkpoint: most of what that holds was learnt from since, and new groups are soon sampled.
-        answer = self._start_shard(child.index, None, recover=True)
-        self._tell_addresses()
-        kept = int(answer["status"]["waiting_groups"])
-        if answer["recovered"]:
-            return f"a new one serves all its {kept} groups"
-        return f"its storage is gone, with {before} groups that waited; a new one begins empty"
 
     def _more_state(self) -> dict[str, Any]:
         return {
@@ -229,7 +271,7 @@ class LlmHeadWorker(RunHead):
         self._desk.desk.stale(self._head.counts.dropped_stale_groups)
         for child in self._children.of("actor"):
             self._examples.add(child.status.pop("examples", ()), step=self._head.step)
-        self._recorder.row(self._head.tick(LlmTick(**self._moment(), desk=self._desk.desk.metrics())))
+        self._show_row(self._head.tick(LlmTick(**self._moment(), desk=self._desk.desk.metrics())))
         if (barren := self._head.barren()) is not None:
             self._recorder.event("warning", barren)
 
@@ -266,11 +308,7 @@ class LlmHeadWorker(RunHead):
         """
         if any(child.starting is not None or "updates" not in child.status for child in self._children.of("learner")):
             return False
-        is_first = (
-            not self._has_checkpoint
-            and self._weights.newest.version > 0
-            and time.monotonic() - self._tried_at > RETRY_S
-        )
+        is_first = not self._has_checkpoint and self._weights.newest.version > 0 and self._checkpoints.may_retry
         return is_first or super()._checkpoint_due()
 
     def _checkpoint(self) -> bool:
@@ -284,16 +322,16 @@ class LlmHeadWorker(RunHead):
                 self._has_checkpoint = True
                 self._desk.saved(latest.path)
 
-    def _save_learner(self, path: Path) -> int:
-        """As `RunHead._save_learner`; the learners then hold still, so that the shards save exactly what was not learnt from."""
+    def save_learner(self, path: Path) -> int:
+        """As `RunHead.save_learner`; the learners then hold still, so that the shards save exactly what was not learnt from."""
         return int(saved(self._children["learner"].worker.save.remote(str(path), self._holds)))
 
-    def _save_shards(self, replay: Path, before: Path | None) -> list[dict[str, int]]:
-        counters = super()._save_shards(replay, before)
+    def save_shards(self, replay: Path, before: Path | None) -> dict[str, dict[str, int]]:
+        counters = super().save_shards(replay, before)
         ray.get(
             self._children["learner"].worker.release.remote(self._holds)
         )  # raises where it did not hold still so long
         return counters
 
-    def _save_more(self, path: Path) -> None:
+    def save_more(self, path: Path) -> None:
         self._desk.save(path)

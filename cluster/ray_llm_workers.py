@@ -6,15 +6,16 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 
 from cluster.curriculum.desk_client import DeskClient
 from cluster.llm import parts
-from cluster.ray_desk import exchange_with
-from cluster.ray_threads import Thread, failure_of, once, process
+from cluster.ray_files import FolderMark, RunFiles
+from cluster.ray_relay import Upstream
+from cluster.ray_threads import RunProcess, Thread, failure_of, once, process
 from cluster.warned import Warned
 from configs.llm import LlmConfig
 from replay.security import Security, flight_client
@@ -32,11 +33,13 @@ FULL_S = 2.0  # how long an actor that is to stop waits for room in the queue
 
 
 @ray.remote
-class QueueShardWorker:
+class QueueShardWorker(RunProcess):
     """Serves one shard's part of the queue table."""
 
-    def __init__(self, config: LlmConfig, index: int, run: str, security: Security) -> None:
+    def __init__(self, config: LlmConfig, index: int, run: str, security: Security, mark: FolderMark) -> None:
+        self._called("shard", index, run=config.name)
         self._config = config
+        self._files = RunFiles(mark)
         self._index = index
         self._run = run
         self._security = security
@@ -59,7 +62,8 @@ class QueueShardWorker:
 
         def prepare(queue: Queue) -> None:
             if checkpoint is not None:
-                parts.restore_shard(queue, Path(checkpoint), index=self._index, count=settings.shards)
+                with self._files.reading(checkpoint) as folder:
+                    parts.restore_shard(queue, folder, index=self._index, count=settings.shards)
 
         with self._serving:
             server = self._server = QueueServer(
@@ -89,8 +93,8 @@ class QueueShardWorker:
     def save(self, replay: str, _previous: str | None) -> dict[str, int]:
         """Write this shard's part of a checkpoint. Returns the counters it holds."""
         assert self._server is not None
-        with self._saving:
-            return parts.save_shard(self._server.queue, Path(replay), index=self._index)
+        with self._saving, self._files.writing(replay) as folder:
+            return parts.save_shard(self._server.queue, folder, index=self._index)
 
     def settle(self) -> None:
         """Wait until nothing that a dead head asked for is written any more."""
@@ -115,17 +119,18 @@ class QueueShardWorker:
 
 
 @ray.remote
-class SamplerWorker:
+class SamplerWorker(RunProcess):
     """Samples and judges groups, for one actor."""
 
     def __init__(self, config: LlmConfig, index: int, head: Any, incarnation: int, security: Security) -> None:
+        self._called("actor", index, run=config.name)
         self._config = config
         self._index = index
-        self._head = head
+        self._upstream = Upstream(head)
         self._incarnation = incarnation
         self._security = security
         self._stopping = threading.Event()
-        self._fresh: tuple[int, bytes] | None = None  # newest version and weights
+        self._fresh: tuple[int, Any] | None = None  # newest version and weights
         self._newest = 0  # version that the rollout was given
         self._desk = DeskClient(ahead=config.actors.prompts_ahead)
         self._unable: Exception | None = None
@@ -161,7 +166,7 @@ class SamplerWorker:
                 raise self._sampling.error
         self._fetching = Thread(self._fetch, name=f"policy-{self._index}")
         self._asking = Thread(self._talk, name=f"desk-{self._index}")
-        return process()
+        return {"process": process()}
 
     def _sample(self, made: threading.Event) -> None:
         import torch
@@ -192,23 +197,18 @@ class SamplerWorker:
             self._desk.exchange(self._exchange_within(30.0), fetch=self._fresh is not None)
 
     def _exchange_within(self, timeout_s: float) -> Exchange:
-        return exchange_with(self._head, f"actor {self._index}", self._incarnation, timeout_s=timeout_s)
+        return self._upstream.exchange_within(f"actor {self._index}", self._incarnation, timeout_s)
 
     def _fetch(self) -> None:
-        """Keep the newest weights at hand; a head that is away for a while is asked again."""
-        have = 0
-        while not self._stopping.wait(self._config.actors.poll_policy_s):
-            try:
-                answer = ray.get(self._head.policy.remote(have), timeout=30.0)
-                if answer is not None:
-                    version, weights = answer
-                    self._fresh = (
-                        version,
-                        ray.get(weights, timeout=30.0),
-                    )  # which may be gone, with the head that held them
-                    have = version
-            except (ray.exceptions.RayError, TimeoutError):
-                continue
+        """Keep the newest weights at hand."""
+        self._upstream.follow(self._stopping, self._config.actors.poll_policy_s, self._take)
+
+    def _take(self, version: int, weights: np.ndarray) -> None:
+        self._fresh = version, weights.data  # stays where it is mapped, for it may be large
+
+    def relay(self, relay: Any) -> None:
+        """Ask this relay for weights and assignments from now on; None: the head."""
+        self._upstream.use(relay)
 
     def status(self) -> dict[str, Any]:
         """As `cluster.llm.parts.actor_status`, with completions for the report, and the error that ended the sampling, if one did."""
@@ -238,14 +238,17 @@ def _but_last_kept(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 @ray.remote
-class LlmLearnerWorker:
+class LlmLearnerWorker(RunProcess):
     """Updates the model; learner 0 publishes its weights, saves its state and tells of it."""
 
-    def __init__(self, config: LlmConfig, rank: int, head: Any, reader: str, security: Security) -> None:
+    def __init__(
+        self, config: LlmConfig, rank: int, head: Any, reader: str, security: Security, mark: FolderMark
+    ) -> None:
         """
         rank: number of this learner among `learners.count`.
         reader: name under which it reads the queue.
         """
+        self._called("learner", rank or None, run=config.name)
         from learners.loop import set_threads
 
         self._config = config
@@ -255,7 +258,7 @@ class LlmLearnerWorker:
         self._security = security
         self._stopping = threading.Event()
         self._saving = threading.Lock()
-        self._newest: tuple[int, bytes, int] | None = (
+        self._newest: tuple[int, np.ndarray, int] | None = (
             None  # version, weights and learner steps that were published last
         )
         self._holding = threading.Lock()  # over which hold it is
@@ -266,6 +269,7 @@ class LlmLearnerWorker:
         self._warned = Warned()
         set_threads(config.learners.cpus, config.learners.threads)
         self._unable: Exception | None = None
+        self._files = RunFiles(mark)
         try:
             self._model = parts.make_model(config, device=config.learners.device)
         except Exception as error:  # raised here it would look like a death, after which another learner is tried
@@ -282,11 +286,11 @@ class LlmLearnerWorker:
 
     @once
     def start(
-        self, addresses: list[str], checkpoint: str | None, version: int, rendezvous: str | None
+        self, routes: dict[int, str], checkpoint: str | None, version: int, rendezvous: str | None
     ) -> dict[str, Any]:
         """Begin to learn, from a checkpoint's learner file where one is given, else after the supervised phase.
 
-        Returns what `process` does. addresses: of the shards. version: of the first weights published. rendezvous: of the group,
+        Returns what `process` does. routes: addresses of the shards. version: of the first weights published. rendezvous: of the group,
         where there are several learners.
         """
         from learners.loop import set_threads
@@ -312,9 +316,10 @@ class LlmLearnerWorker:
                 parts.share_weights(self._model, self._group)
         self._learner = parts.make_learner(config, self._model, group=self._group)
         if checkpoint is not None:
-            parts.load_learner(Path(checkpoint), self._learner)
+            with self._files.reading(checkpoint) as path:
+                parts.load_learner(path, self._learner)
         self._sampler = parts.make_sampler(
-            config, addresses, name=self._reader, connect=partial(flight_client, security=self._security)
+            config, list(routes.values()), name=self._reader, connect=partial(flight_client, security=self._security)
         )
         self._first = version, self._learner.updates
         self._loop = parts.make_loop(
@@ -326,7 +331,7 @@ class LlmLearnerWorker:
             group=self._group,
         )
         self._updating = Thread(self._update, name="learner")
-        return process()
+        return {"process": process()}
 
     def _tell(self, text: str) -> None:
         ray.get(self._head.tell.remote(text))  # lines that wait for a head to come back would come in any order
@@ -335,10 +340,11 @@ class LlmLearnerWorker:
         first, before = self._first
         # The weights may be older than the learner by now.
         step = min(self._learner.updates, before + (version - first) * self._config.learners.publish_every)
-        self._newest = version, data, step
-        ray.get(self._head.publish.remote(version, data, step))
+        # An array goes through shared memory, bytes are copied on the way.
+        self._newest = version, np.frombuffer(data, np.uint8), step
+        ray.get(self._head.publish.remote(*self._newest))
 
-    def newest(self) -> tuple[int, bytes, int] | None:
+    def newest(self) -> tuple[int, np.ndarray, int] | None:
         """What was published last, for a head that takes the place of a dead one."""
         return self._newest
 
@@ -373,8 +379,8 @@ class LlmLearnerWorker:
         try:
             state = self._loop.hold()
             version = int(self._loop.stats()["version"])
-            with self._saving:
-                return parts.save_learner(Path(path), self._learner, version=version, state=state)
+            with self._saving, self._files.writing(path) as file:
+                return parts.save_learner(file, self._learner, version=version, state=state)
         except BaseException:
             self._loop.release()
             raise
@@ -413,11 +419,12 @@ class LlmLearnerWorker:
 
 
 @ray.remote
-class LlmEvaluatorWorker:
+class LlmEvaluatorWorker(RunProcess):
     """Evaluates policies on the held-out prompts."""
 
     def __init__(self, config: LlmConfig, gpus: float) -> None:
         """gpus: that Ray has set aside for it."""
+        self._called("evaluator", None, run=config.name)
         self._config = config
         self._version = 0
         self._unable: Exception | None = None
@@ -426,7 +433,7 @@ class LlmEvaluatorWorker:
         except Exception as error:  # raised here it would look like a death
             self._unable = error
 
-    def evaluate(self, weights: bytes) -> dict[str, float]:
+    def evaluate(self, weights: np.ndarray) -> dict[str, float]:
         """As `actors.llm.evaluate.summary`."""
         import torch
 
@@ -437,5 +444,5 @@ class LlmEvaluatorWorker:
         torch.set_num_threads(self._config.actors.threads)
         self._version += 1
         settings = self._config.eval
-        found = self._evaluator.run(self._version, weights)
+        found = self._evaluator.run(self._version, weights.data)
         return summary(found, attempts=settings.attempts, families=settings.families)

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import ray
 
+from cluster.logs import ProcessLog
+
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -67,6 +69,27 @@ class Thread:
         return not self._thread.is_alive()
 
 
+class RunProcess:
+    """A process of a run: its name on Ray's dashboard and in Ray's logs, and the log of its own."""
+
+    _name = "starting"
+    _log: ProcessLog
+
+    def _called(self, role: str, number: int | None, *, run: str | None) -> None:
+        """Take a name, and begin the log."""
+        self._name = role if number is None else f"{role} {number}"
+        text = "" if number is None else str(number)
+        self._log = ProcessLog.install(run=run or "", role=role, id=text, node=ray.util.get_node_ip_address())
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def logs(self, after: int) -> tuple[list[dict[str, Any]], int]:
+        """As `ProcessLog.after`."""
+        return self._log.after(after)
+
+
 def process() -> dict[str, Any]:
-    """Where this process runs."""
-    return {"pid": os.getpid(), "node": ray.util.get_node_ip_address()}
+    """Where this process runs: its number there, the node's address, and Ray's name of the node."""
+    node_id = ray.get_runtime_context().get_node_id()
+    return {"pid": os.getpid(), "node": ray.util.get_node_ip_address(), "node_id": node_id}

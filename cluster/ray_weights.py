@@ -6,8 +6,10 @@ import threading
 from collections import deque
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 
+MOST_WAITING = 32  # calls that wait for newer weights at once, each in a thread of the head, which has 64
 ANSWER_S = 60.0  # how long a new head waits for the learner's newest weights
 
 
@@ -15,8 +17,12 @@ class Weights(NamedTuple):
     """One version of the learner's weights; versions count from 1, and 0 is before the first."""
 
     version: int
-    data: bytes
-    reference: Any  # Ray's, to `data`
+    reference: Any  # Ray's, to the bytes as uint8 (size,), which processes map and do not copy; None before the first
+
+    @property
+    def data(self) -> bytes:
+        """A copy of the bytes."""
+        return b"" if self.reference is None else ray.get(self.reference).tobytes()
 
 
 class PublishedWeights:
@@ -24,10 +30,11 @@ class PublishedWeights:
 
     def __init__(self, *, hold_back: int = 0) -> None:
         """hold_back: how many versions actors stay behind the newest."""
-        self._lock = threading.Lock()
-        self._newest = Weights(0, b"", None)
-        self._held: deque[tuple[int, Any]] = deque(maxlen=hold_back + 1)  # version and reference, the oldest first
+        self._changed = threading.Condition()
+        self._newest = Weights(0, None)
+        self._held: deque[Weights] = deque(maxlen=hold_back + 1)  # the oldest first
         self._highest_had = 0  # version that an actor has said to have
+        self._waiting = 0  # calls
 
     @property
     def newest(self) -> Weights:
@@ -39,26 +46,32 @@ class PublishedWeights:
         """The highest version that is known of: published to this head, or to one that died, and had by an actor since."""
         return max(self._newest.version, self._highest_had)
 
-    def publish(self, version: int, data: bytes) -> Weights:
+    def publish(self, version: int, data: bytes | np.ndarray) -> Weights:
         """Put new weights into the object store; older ones than the newest, of a learner that was replaced, change nothing.
 
         Returns:
             The newest weights, with these among them.
         """
-        reference = ray.put(data)
-        with self._lock:
+        weights = Weights(version, ray.put(np.frombuffer(data, np.uint8)))
+        with self._changed:
             if version > self._newest.version:
-                self._newest = Weights(version, data, reference)
-                self._held.append((version, reference))
+                self._newest = weights
+                self._held.append(weights)
+                self._changed.notify_all()
             return self._newest
 
-    def policy(self, have: int) -> tuple[int, Any] | None:
-        """(version, reference) of the weights that actors should play with; None where they have these or newer ones."""
-        with self._lock:
+    def policy(self, have: int, wait_s: float = 0.0) -> tuple[int, Any] | None:
+        """(version, reference) of the weights that actors should play with; None where they have these or newer ones.
+
+        wait_s: how long to wait for newer ones; not at all where many calls do.
+        """
+        with self._changed:
             self._highest_had = max(self._highest_had, have)
-            if not self._held:
-                return None
-            version, reference = self._held[0]
+            if wait_s and self._waiting < MOST_WAITING:
+                self._waiting += 1
+                self._changed.wait_for(lambda: bool(self._held) and self._held[0].version > have, timeout=wait_s)
+                self._waiting -= 1
+            version, reference = self._held[0] if self._held else (0, None)
         return None if version <= have else (version, reference)
 
 

@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 
 from cluster import parts
 from cluster.curriculum.desk_client import DeskClient, Exchange
 from cluster.evaluating import Evaluating
-from cluster.ray_desk import exchange_with
-from cluster.ray_threads import Thread, failure_of, once, process
+from cluster.ray_files import FolderMark, RunFiles
+from cluster.ray_relay import Upstream
+from cluster.ray_threads import RunProcess, Thread, failure_of, once, process
 from cluster.warned import Warned
 from configs.schema import RunConfig
+from replay.routed_writer import RoutedWriter
 from replay.schema import StepSchema
 from replay.security import Security, flight_client
-from replay.writers import FlightWriter
 
 if TYPE_CHECKING:
     from actors.task_env import TaskEnv
+    from cluster.outside import Policy
     from learners.distributed import Group, Rendezvous
     from replay.server import ShardServer  # they compile kernels, which head and actors have no use for
     from replay.shard import Shard
@@ -40,19 +42,30 @@ AHEAD = 2  # assignments at hand for each environment
 
 
 @ray.remote
-class ShardWorker:
+class ShardWorker(RunProcess):
     """Serves one replay shard."""
 
     def __init__(
-        self, config: RunConfig, schema: str, index: int, run: str, incarnation: int, security: Security
+        self,
+        config: RunConfig,
+        schema: str,
+        index: int,
+        run: str,
+        incarnation: int,
+        security: Security,
+        mark: FolderMark,
     ) -> None:
+        self._called("shard", index, run=config.name)
         self._config = config
+        self._files = RunFiles(mark)
         rows = parts.row_schema(config, StepSchema.from_json(schema))
         self._spec = parts.shard_spec(config, rows, index, run=run, incarnation=incarnation)
         self._security = security
         self._server: ShardServer | None = None
         self._serving = threading.Lock()  # while it begins or ends
         self._saving = threading.Lock()
+        self._handing_over = threading.Lock()
+        self._left: dict[str, Any] | None = None  # what `hand_over` has answered
         # Imported, its compiled loops with it, while the other processes start.
         import replay.server  # noqa: F401
 
@@ -72,7 +85,7 @@ class ShardWorker:
         """
         host = ray.util.get_node_ip_address() if self._spec.host == "node" else self._spec.host
         self._spec = replace(self._spec, limiter_address=limiter_address, host=host, port=port)
-        prepare = partial(self._prepare, checkpoint=checkpoint, others=others)
+        prepare = partial(self._prepare, checkpoint=checkpoint, alone=recover, others=others)
         with self._serving:
             self._server = self._serve(prepare, recover)
         return {
@@ -89,9 +102,13 @@ class ShardWorker:
 
         return ShardServer(self._spec, self._security, recover=recover, afresh_if_damaged=recover, prepare=prepare)
 
-    def _prepare(self, shard: Shard, *, checkpoint: str | None, others: Sequence[dict[str, Any]] | None) -> None:
+    def _prepare(
+        self, shard: Shard, *, checkpoint: str | None, alone: bool, others: Sequence[dict[str, Any]] | None
+    ) -> None:
         if checkpoint is not None and not shard.recovered:
-            parts.restore_shard(shard, Path(checkpoint), shards=self._config.replay.shards)
+            # Among shards that live, one takes back what it has saved itself: the rest is with the others.
+            shards = None if alone else self._config.replay.shards
+            parts.restore_shard(shard, self._files.store(checkpoint), shards=shards)
         if others is not None:
             sums = parts.limiter_sums(self._config, [*others, parts.shard_status(shard.stats())])
             parts.set_limiter(shard, **sums)
@@ -105,12 +122,36 @@ class ShardWorker:
         """As `cluster.parts.save_shard`."""
         assert self._server is not None
         with self._saving:
-            return parts.save_shard(self._server.shard, Path(replay), None if previous is None else Path(previous))
+            before = None if previous is None else self._files.store(previous)
+            return parts.save_shard(self._server.shard, self._files.store(replay), before)
 
     def settle(self) -> None:
         """Wait until nothing that a dead head asked for is written any more."""
         with self._saving:
             pass
+
+    def follow(self, limiter_address: str) -> None:
+        """Lease from the limiter at another address from now on; on any shard but 0."""
+        assert self._server is not None
+        self._server.follow(limiter_address)
+
+    def set_limit(self, config: RunConfig) -> None:
+        """Keep the pace of these settings from now on; on shard 0."""
+        assert self._server is not None
+        parts.set_limit(self._server.shard, config)
+
+    def hand_over(self, routes: Mapping[int, str]) -> dict[str, Any]:
+        """Give all steps to the shards at these addresses, and serve none any more. Returns how many, and the last status.
+
+        One that failed goes on with the next call; one that is done answers again.
+        """
+        assert self._server is not None
+        with self._handing_over:
+            if self._left is None:
+                self._server.leave()
+                found = self._server.shard.hand_over(routes, self._security)
+                self._left = {"handed_over": asdict(found), "status": self.status()}
+            return self._left
 
     def restore_limiter(self, counters: dict[str, int]) -> None:
         """Set the counters of the limiter; on shard 0."""
@@ -135,7 +176,7 @@ class ShardWorker:
 
 
 @ray.remote
-class ActorWorker:
+class ActorWorker(RunProcess):
     """Steps the environments of one actor."""
 
     def __init__(
@@ -148,11 +189,12 @@ class ActorWorker:
         incarnation: int,
         security: Security,
     ) -> None:
+        self._called("actor", index, run=config.name)
         self._config = config
         self._schema = StepSchema.from_json(schema)
         self._security = security
         self._index = index
-        self._head = head
+        self._upstream = Upstream(head)
         self._random_steps = random_steps
         self._incarnation = incarnation
         self._stopping = threading.Event()
@@ -160,37 +202,38 @@ class ActorWorker:
         self._tasks = parts.make_tasks(config)
         self._desk = DeskClient(ahead=AHEAD * config.actors.envs)
         self._asking: Thread | None = None
+        self._writer: RoutedWriter | None = None
+        self._routes: dict[int, str] = {}
+        self._routed = 0  # number of the routes
+        self._routing = threading.Lock()
         # Imported while the shards start.
         import actors.envs
         import actors.rollout  # noqa: F401
 
     @once
-    def start(self, addresses: list[str]) -> dict[str, Any]:
-        """Connect to the shards at these addresses and begin to step. Returns what `process` does."""
-        chosen = [addresses[i] for i in parts.shards_of_actor(self._config, self._index)]
+    def start(self, number: int, routes: dict[int, str]) -> dict[str, Any]:
+        """Connect to the shards at these addresses and begin to step; as `route`. Returns what `process` does."""
         name = parts.writer_name(self._index, self._incarnation)
         rows = parts.row_schema(self._config, self._schema)
-        self._writers = [
-            FlightWriter(
-                address,
-                rows,
-                name=name,
-                message_rows=self._config.actors.rows_per_write,  # the limiter lets a message in as a whole
-                connect=partial(flight_client, security=self._security),
-            )
-            for address in chosen
-        ]
+        writer = RoutedWriter(
+            routes,
+            rows,
+            name=name,
+            first=self._index * self._config.actors.envs,  # actors of few lanes do not all begin on the same shards
+            message_rows=self._config.actors.rows_per_write,  # the limiter lets a message in as a whole
+            connect=partial(flight_client, security=self._security),
+        )
         common = {"random_steps": self._random_steps, "incarnation": self._incarnation}
         self._task_env: TaskEnv | None = None
         if self._tasks is None:
-            self._rollout = parts.make_rollout(self._config, self._schema, self._index, self._writers, **common)
+            self._rollout = parts.make_rollout(self._config, self._schema, self._index, writer, **common)
         else:
             self._desk.exchange(self._exchange_within(START_S))  # first assignments, before the first episodes
             self._rollout, self._task_env = parts.make_task_rollout(
                 self._config,
                 self._schema,
                 self._index,
-                self._writers,
+                writer,
                 tasks=self._tasks,
                 ask=self._desk.ask,
                 **common,
@@ -199,7 +242,22 @@ class ActorWorker:
         self._first_step_at: float | None = None
         self._fetching = Thread(self._fetch, name=f"policy-{self._index}")
         self._stepping = Thread(self._step, name=f"rollout-{self._index}")
-        return process()
+        with self._routing:
+            self._writer = writer
+            if self._routed > number:  # told meanwhile
+                writer.route(self._routes, within_s=0.0)
+        return {"process": process()}
+
+    def route(self, number: int, routes: dict[int, str], within_s: float) -> None:
+        """Write to the shards at these addresses; routes of a lower number than those it has are left out.
+
+        within_s: how long a lane may go on with its episode where it is written now.
+        """
+        with self._routing:
+            if number > self._routed:
+                self._routed, self._routes = number, routes
+                if self._writer is not None:
+                    self._writer.route(routes, within_s=within_s)
 
     def _step(self) -> None:
         while not self._stopping.is_set():
@@ -219,27 +277,23 @@ class ActorWorker:
             self._desk.exchange(self._exchange_within(30.0))
 
     def _exchange_within(self, timeout_s: float) -> Exchange:
-        return exchange_with(self._head, f"actor {self._index}", self._incarnation, timeout_s=timeout_s)
+        return self._upstream.exchange_within(f"actor {self._index}", self._incarnation, timeout_s)
 
     def _fetch(self) -> None:
-        """Keep the newest weights at hand; a head that is away for a while is asked again."""
-        have = 0
-        while not self._stopping.wait(self._config.actors.poll_policy_s):
-            try:
-                answer = ray.get(self._head.policy.remote(have), timeout=30.0)
-                if answer is not None:
-                    version, weights = answer
-                    self._fresh = (
-                        version,
-                        ray.get(weights, timeout=30.0),
-                    )  # which may be gone, with the head that held them
-                    have = version
-            except (ray.exceptions.RayError, TimeoutError):
-                continue
+        """Keep the newest weights at hand."""
+        self._upstream.follow(self._stopping, self._config.actors.poll_policy_s, self._take)
+
+    def _take(self, version: int, weights: np.ndarray) -> None:
+        self._fresh = version, weights.tobytes()
+
+    def relay(self, relay: Any) -> None:
+        """Ask this relay for weights and assignments from now on; None: the head."""
+        self._upstream.use(relay)
 
     def status(self, after: int) -> dict[str, Any]:
         """As `cluster.parts.actor_status`, with the error that ended the stepping, if one did."""
-        status = parts.actor_status(self._rollout, self._writers, after=after, tasks=self._task_env)
+        assert self._writer is not None
+        status = parts.actor_status(self._rollout, self._writer, after=after, tasks=self._task_env)
         asking = {} if self._asking is None else self._asking.failure()
         return {**status, "first_step_at": self._first_step_at, **asking, **self._stepping.failure()}
 
@@ -252,20 +306,29 @@ class ActorWorker:
 
 
 @ray.remote
-class LearnerWorker:
+class LearnerWorker(RunProcess):
     """Updates the networks; learner 0 publishes their weights, saves their state and tells of them."""
 
     def __init__(
-        self, config: RunConfig, schema: str, rank: int, head: Any, incarnation: int, security: Security
+        self,
+        config: RunConfig,
+        schema: str,
+        rank: int,
+        head: Any,
+        incarnation: int,
+        security: Security,
+        mark: FolderMark,
     ) -> None:
         """
         schema: of the environment's steps, as JSON.
         rank: number of this learner among `learners.count`.
         incarnation: the same for all learners of a group.
         """
+        self._called("learner", rank or None, run=config.name)
         from learners.loop import set_threads
 
         self._config = config
+        self._files = RunFiles(mark)
         self._rows = parts.row_schema(config, StepSchema.from_json(schema))
         self._rank = rank
         self._head = head
@@ -273,10 +336,14 @@ class LearnerWorker:
         self._security = security
         self._stopping = threading.Event()
         self._saving = threading.Lock()
-        self._newest: tuple[int, bytes] | None = None  # version and weights that were published last
+        self._newest: tuple[int, np.ndarray] | None = None  # version and weights that were published last
         self._group: Group | None = None
         self._rendezvous: Rendezvous | None = None
         self._warned = Warned()
+        self._routes: dict[int, str] = {}
+        self._routed = 0  # number of the routes
+        self._routing = threading.Lock()
+        self._started = False
         set_threads(config.learners.cpus, config.learners.threads)
         self._unable: Exception | None = None
         try:
@@ -299,11 +366,11 @@ class LearnerWorker:
 
     @once
     def start(
-        self, addresses: list[str], checkpoint: str | None, version: int, rendezvous: str | None
+        self, routes: dict[int, str], checkpoint: str | None, version: int, rendezvous: str | None
     ) -> dict[str, Any]:
         """Begin to update, from a checkpoint's learner file where one is given. Returns what `process` does.
 
-        addresses: of the shards. version: of the first weights published. rendezvous: of the group, where there are several
+        routes: addresses of the shards. version: of the first weights published. rendezvous: of the group, where there are several
         learners.
         """
         from cluster.prior import with_prior
@@ -315,11 +382,12 @@ class LearnerWorker:
         if rendezvous is not None:
             self._join(rendezvous)
         if checkpoint is not None and rank == 0:
-            parts.load_learner(Path(checkpoint), self._algorithm)
+            with self._files.reading(checkpoint) as path:
+                parts.load_learner(path, self._algorithm)
         if self._group is not None:  # whatever one begins with, all begin with
             self._algorithm.load_state(self._group.broadcast(self._algorithm.state()))
         self._sampler = stream_sampler(
-            addresses,
+            routes,
             self._rows,
             batch_size=config.draw_size,
             security=self._security,
@@ -340,7 +408,19 @@ class LearnerWorker:
             group=self._group,
         )
         self._updating = Thread(self._update, name="learner")
-        return process()
+        with self._routing:
+            self._started = True
+            if self._routed:  # told meanwhile
+                self._sampler.route(self._routes)
+        return {"process": process()}
+
+    def route(self, number: int, routes: dict[int, str]) -> None:
+        """Read from the shards at these addresses; routes of a lower number than those it has are left out."""
+        with self._routing:
+            if number > self._routed:
+                self._routed, self._routes = number, routes
+                if self._started:
+                    self._sampler.route(routes)
 
     def _join(self, address: str) -> None:
         """Become one of a group, and make the algorithm for a part of each batch."""
@@ -357,10 +437,10 @@ class LearnerWorker:
         )
 
     def _publish(self, version: int, data: bytes) -> None:
-        self._newest = version, data
-        ray.get(self._head.publish.remote(version, data))
+        self._newest = version, np.frombuffer(data, np.uint8)  # an array goes through shared memory, bytes are copied
+        ray.get(self._head.publish.remote(*self._newest))
 
-    def newest(self) -> tuple[int, bytes] | None:
+    def newest(self) -> tuple[int, np.ndarray] | None:
         """What was published last, for a head that takes the place of a dead one."""
         return self._newest
 
@@ -389,8 +469,8 @@ class LearnerWorker:
 
     def save(self, path: str) -> int:
         """Write the learner's state, taken between two updates. Returns the updates made."""
-        with self._saving, self._loop.between_updates():
-            return parts.save_learner(Path(path), self._algorithm, version=int(self._loop.stats()["version"]))
+        with self._saving, self._files.writing(path) as file, self._loop.between_updates():
+            return parts.save_learner(file, self._algorithm, version=int(self._loop.stats()["version"]))
 
     def settle(self) -> None:
         """Wait until nothing that a dead head asked for is written any more."""
@@ -414,16 +494,32 @@ class LearnerWorker:
 
 
 @ray.remote
-class EvaluatorWorker:
+class ExporterWorker(RunProcess):
+    """Writes the acting network as a file for actors outside Ray."""
+
+    def __init__(self, config: RunConfig, schema: str) -> None:
+        self._called("exporter", None, run=config.name)
+        from cluster.acting_export import PolicyExporter
+
+        self._exporter = PolicyExporter(config, StepSchema.from_json(schema))
+
+    def export(self, version: int, weights: np.ndarray) -> Policy:
+        """As `PolicyExporter.export`."""
+        return self._exporter.export(version, weights.tobytes())
+
+
+@ray.remote
+class EvaluatorWorker(RunProcess):
     """Runs evaluations on environments of its own."""
 
     def __init__(self, config: RunConfig, schema: str) -> None:
+        self._called("evaluator", None, run=config.name)
         self._config = config
         self._policy = parts.make_policy(config, StepSchema.from_json(schema))
         self._evaluating: Evaluating | None = None
 
-    def evaluate(self, weights: bytes) -> dict[str, Any]:
+    def evaluate(self, weights: np.ndarray) -> dict[str, Any]:
         """As `Evaluating.run`."""
         if self._evaluating is None:
             self._evaluating = Evaluating(self._config, parts.make_tasks(self._config), self._policy)
-        return self._evaluating.run(weights)
+        return self._evaluating.run(weights.tobytes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class Recorder:
         self,
         *,
         save_learner: Callable[[Path], int],
-        save_shards: Callable[[Path, Path | None], Sequence[dict[str, int]]],
+        save_shards: Callable[[Path, Path | None], Mapping[str, Mapping[str, int]]],
         policy: bytes,
         evaluation: float | None = None,
         save_more: Callable[[Path], None] | None = None,
@@ -116,7 +116,7 @@ class Recorder:
 
         `save_learner` returns the updates made. `save_shards` has every shard write its rows into a folder, those left out
         that the second folder, of an earlier checkpoint, holds and links can be made to; it returns the shards' counters
-        then. `evaluation` is the score of `policy`, where it was measured. `save_more` writes further files into the
+        then, by the names of the shards. `evaluation` is the score of `policy`, where it was measured. `save_more` writes further files into the
         checkpoint's folder, after the shards. Returns whether the checkpoint is there; if not, for the disk is full, a line
         has said so.
         """
@@ -136,7 +136,7 @@ class Recorder:
                 if replay:
                     counters = save_shards(replay_folder(path), self._replay_before())
                     # Rows that came in since the last tick are in the files, so they are in the counts as well.
-                    head.count_shards({f"shard {index}": found for index, found in enumerate(counters)})
+                    head.count_shards(counters)
                 if save_more is not None:
                     save_more(path)
                 write_json(path / HEAD, {**head.state(), "replay": replay_settings(self._folder.config)})

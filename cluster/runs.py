@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -20,7 +19,8 @@ from typing import Any, Generic, TypeVar, cast
 import psutil
 import yaml
 
-from cluster.files import read_json, without_nonfinite, write_atomically, write_json
+from cluster.events import event_line
+from cluster.files import read_json, write_atomically, write_json
 from configs.llm import LlmConfig
 from configs.schema import RunConfig
 from replay.security import Security, new_token
@@ -30,6 +30,7 @@ PACKAGES = (
     *("transformers", "peft"),
 )
 TOKEN = "token"
+CONTROL = "control.json"  # while the run is going: {"address": "host:port"} of its control plane
 ADDRESSES = "replay.json"  # while the run is going: {"addresses": […]} of its shards
 
 AnyConfig = RunConfig | LlmConfig
@@ -66,8 +67,7 @@ class RunFolder(Generic[Config]):
             )
         config = cast(Config, config.model_copy(update={"name": name}))
         run = RunFolder(root / name, config)
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_atomically(run.path / "config.yaml", text.encode())
+        run.rewrite(config)
         write_json(run.path / "run.json", _facts(config, command))
         run.security()
         return run
@@ -91,6 +91,12 @@ class RunFolder(Generic[Config]):
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"{file} cannot be used: {error}") from error
         return RunFolder(path, config)
+
+    def rewrite(self, config: Config) -> None:
+        """Put other settings in the place of those in config.yaml."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_atomically(self.path / "config.yaml", text.encode())
+        self.config = config
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -156,11 +162,11 @@ class RunFolder(Generic[Config]):
 
     def event(self, kind: str, text: str, *, time_s: float | None) -> None:
         """Append one line to events.jsonl: what happened, `time_s` seconds after the run's clock began."""
-        line = json.dumps(without_nonfinite({"time_s": time_s, "kind": kind, "text": text})) + "\n"
+        line = event_line(kind, text, time_s=time_s)
         # One write of one line at the end of the file: lines of two processes do not mix.
         descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line.encode())
+            os.write(descriptor, line)
         finally:
             os.close(descriptor)
 

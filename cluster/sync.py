@@ -31,7 +31,8 @@ from learners.loop import set_threads
 from replay.samplers import CallSource, Sampler
 from replay.schema import StepSchema
 from replay.shard import Shard
-from replay.writers import CallWriter
+from replay.snapshot import SnapshotStore
+from replay.writers import CallWriter, LaneWriter
 
 ROW_STEPS = 200  # environment steps between two metrics rows: by steps, so that two runs report at the same moments
 MOST_TAKEN = 10  # times as many steps are taken between two rows, where a filter keeps few of them or none
@@ -127,28 +128,34 @@ class SyncRun:
         self._actors = []
         self._task_envs: list[_TaskEnv] = []
         for index in range(config.actors.count):
-            writers = [CallWriter(self._shards[i]) for i in parts.shards_of_actor(config, index)]
+            chosen = parts.shards_of_actor(index, actors=config.actors.count, shards=range(len(self._shards)))
+            writers = [CallWriter(self._shards[number]) for number in chosen]
+            writer = writers[0] if len(writers) == 1 else LaneWriter(writers)
             common = {"random_steps": head.random_steps_left, "incarnation": incarnation}
             if self._tasks is None or self._desk is None:
-                rollout = parts.make_rollout(config, schema, index, writers, **common)
+                rollout = parts.make_rollout(config, schema, index, writer, **common)
             else:
                 name = f"actor {index} of {incarnation}"  # each process counts its outcomes from 0
                 ask = partial(self._desk.take, name)
                 rollout, env = parts.make_task_rollout(
-                    config, schema, index, writers, tasks=self._tasks, ask=ask, **common
+                    config, schema, index, writer, tasks=self._tasks, ask=ask, **common
                 )
                 self._task_envs.append(_TaskEnv(env, name))
-            self._actors.append((rollout, writers))
+            self._actors.append((rollout, writer))
         self._next_episode = [0] * config.actors.count
 
     def _close_shards(self) -> None:
         for shard in self._shards:
             shard.close()
 
+    def _save_shards(self, replay: Path, before: Path | None) -> dict[str, dict[str, int]]:
+        store, previous = SnapshotStore(replay), None if before is None else SnapshotStore(before)
+        return {f"shard {shard.index}": parts.save_shard(shard, store, previous) for shard in self._shards}
+
     def _restore(self, checkpoint: Path) -> None:
         if self._config.checkpoints.replay:
             for shard in self._shards:
-                parts.restore_shard(shard, replay_folder(checkpoint), shards=len(self._shards))
+                parts.restore_shard(shard, SnapshotStore(replay_folder(checkpoint)), shards=len(self._shards))
         stats = [parts.shard_status(shard.stats()) for shard in self._shards]
         for index, found in enumerate(stats):
             self._head.rebase(f"shard {index}", found)
@@ -233,11 +240,11 @@ class SyncRun:
         actors = {
             f"actor {index}": parts.actor_status(
                 rollout,
-                writers,
+                writer,
                 after=self._next_episode[index],
                 tasks=self._task_envs[index].env if self._task_envs else None,
             )
-            for index, (rollout, writers) in enumerate(self._actors)
+            for index, (rollout, writer) in enumerate(self._actors)
         }
         self._next_episode = [int(status["next_episode"]) for status in actors.values()]
         learner = parts.learner_status(self._loop)
@@ -282,7 +289,7 @@ class SyncRun:
     def _checkpoint(self, evaluation: float | None = None) -> None:
         self._recorder.checkpoint(
             save_learner=lambda path: parts.save_learner(path, self._algorithm, version=self._version),
-            save_shards=lambda path, before: [parts.save_shard(shard, path, before) for shard in self._shards],
+            save_shards=self._save_shards,
             policy=self._weights,
             evaluation=evaluation,
             save_more=None if self._desk is None else partial(save_desk, self._desk),

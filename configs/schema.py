@@ -469,20 +469,36 @@ class RunConfig(CommonSettings):
         return self.learners.updates_per_step * self.replay_windows
 
     @property
+    def insert_block(self) -> int:
+        """Rows that a shard leases from the table's limiter at once: a write of each actor that writes to it.
+
+        So however many actors there are, shard 0 is asked as often as one actor writes. Where the error buffer is set there may
+        not be room for more than one write.
+        """
+        if self.replay.error_buffer is not None:
+            return self.actors.rows_per_write
+        return self.actors.rows_per_write * math.ceil(self.actors.count / self.replay.shards)
+
+    @property
+    def sample_block(self) -> int:
+        """Windows that a shard leases at once: a draw of each learner; a draw alone where the error buffer is set."""
+        return self.draw_size * (self.learners.count if self.replay.error_buffer is None else 1)
+
+    @property
     def error_buffer(self) -> int:
         """Steps of `replay.error_buffer`, where it is not set those that the other settings ask for.
 
         Each side must fit its requests into the room that the other side's limit leaves, or both wait. What is set is judged
         when a run starts (`cluster.parts.check_limits`). Where nothing is, there is room for all that may be under way: one
         write of each actor, the batches drawn ahead and those of the call in use, and what every shard but the first has
-        leased from the limiter, a write and a draw.
+        leased from the limiter, a block of writes and a draw.
         """
         if self.replay.error_buffer is not None:
             return self.replay.error_buffer
         leases = self.replay.shards - 1
         write = max(self.actors.rows_per_write, self.actors.batch_size or self.actors.envs)
-        inserts = write * (self.actors.count + leases)
-        draws = self.draw_size * (self.learners.count * self.prefetch_draws + leases)
+        inserts = write * self.actors.count + max(write, self.insert_block) * leases
+        draws = self.draw_size * self.learners.count * (self.prefetch_draws + leases)
         samples = self.replay_windows * self.learners.updates_per_call + draws
         return max(100, 2 * math.ceil((inserts + samples / self.samples_per_insert) / 2))
 

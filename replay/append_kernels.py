@@ -32,6 +32,7 @@ from .kernels import (
     OWNER,
     PARTIAL,
     PREVIOUS,
+    RECEIVED,
     RECORD_APPLIED,
     RECORD_HEAD,
     RECORD_LANES,
@@ -45,6 +46,8 @@ from .kernels import (
     TAKE,
     TAKEN,
     WHO,
+    WRITER_RECEIVING,
+    WRITER_STATE,
     fence,
     kernel,
     stackable,
@@ -84,6 +87,12 @@ def _publish(journal: np.ndarray, state: np.ndarray, number: int) -> None:
     fence()
     state[HEAD] = number
     fence()
+
+
+@kernel
+def _counted(writers: np.ndarray, writer: int) -> int:
+    """The first word of the counters that a writer's items are counted in."""
+    return RECEIVED if writer != NONE and writers[WRITER_STATE, writer] == WRITER_RECEIVING else INSERTED
 
 
 @kernel
@@ -144,9 +153,10 @@ def _apply_append(
         lanes[INDEX, lane] = index
         segments[FILL, segment] = newest - segment * steps + 1
         lanes[NEWEST, lane] = newest
-    for table in range(tables):
-        state[INSERTED + table] = record[COUNTERS + table] + inserted[table]
     writer = record[WHO]
+    counted = _counted(writers, writer)
+    for table in range(tables):
+        state[counted + table] = record[COUNTERS + table] + inserted[table]
     if writer != NONE:
         writers[PARTIAL, writer] = record[DONE]
         if record[DONE] == 0:  # the whole batch is applied
@@ -294,6 +304,7 @@ def append(
     take the lists in, call again. Stopped at a fault, the rows done are −1.
     """
     n, narrow, wide = len(source), words.shape[1], large.shape[1]
+    counted = _counted(writers, writer)
     steps = len(flags) // segments.shape[1]
     tables = len(strides)
     news = gones = 0
@@ -346,7 +357,7 @@ def append(
             record[KIND], record[WHO], record[BATCH], record[COUNT] = APPEND, writer, batch, kept
             record[DONE] = row if row < n else 0
             for table in range(tables):
-                record[COUNTERS + table] = state[INSERTED + table]
+                record[COUNTERS + table] = state[counted + table]
             for table in range(tables, MAX_TABLES):
                 record[COUNTERS + table] = 0
             _publish(journal, state, number)

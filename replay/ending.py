@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from urllib.parse import unquote
 
 import psutil
 import pyarrow.flight as flight
@@ -27,14 +28,25 @@ def end_serving(server: flight.FlightServerBase, *, grace_s: float) -> None:
     stop.join(timeout=grace_s)
     deadline = time.monotonic() + _CUT_S
     while stop.is_alive() and time.monotonic() < deadline:
-        _cut(port)
+        cut(port)
         stop.join(timeout=_AGAIN_S)
 
 
-def _cut(port: int) -> None:
-    """End the connections that this process has accepted on a port. Flight has no call for that."""
+def cut(port: int, *, peer: str | None = None) -> None:
+    """End the connections that this process has accepted on a port. Flight has no call for that.
+
+    peer: only that of this caller, as Flight writes its address (`ServerCallContext.peer`); None: all.
+    """
     for connection in psutil.Process().net_connections("tcp"):
         if connection.raddr and connection.laddr.port == port:
+            if peer is not None and not _is_peer(peer, *connection.raddr):
+                continue
             with suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as end:
                 if end.getsockname()[1] == port:  # the number may mean another file by now
                     end.shutdown(socket.SHUT_RDWR)
+
+
+def _is_peer(peer: str, host: str, port: int) -> bool:
+    """Whether gRPC's name of a peer, such as `ipv4:10.0.0.1:4711` or `ipv6:%5B::1%5D:4711`, is that of an address."""
+    address, _, number = unquote(peer).partition(":")[2].rpartition(":")
+    return number == str(port) and address.strip("[]").removeprefix("::ffff:") == host.removeprefix("::ffff:")

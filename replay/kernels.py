@@ -21,7 +21,9 @@ MAX_TABLES = 7  # the other bits of a flag: the tables the row is an item of
 
 # state: int64 words
 HEAD, APPLIED, TAKEN, HAND, LANES, TOLD, CLOSED_WRITERS = range(7)  # TOLD: TAKEN when tables last knew of all changes
-INSERTED, SAMPLED = 16, 24  # first of one word per table: items inserted, samples drawn
+LEAVING = 7  # whether the shard leaves its service
+# First of one word per table: items that other shards handed over, items inserted, samples drawn.
+RECEIVED, INSERTED, SAMPLED = 8, 16, 24
 STATE_WORDS = 32
 
 # segments: one int64 row each
@@ -35,7 +37,8 @@ LANE_ROWS = 5
 # writers: one int64 row each. PARTIAL rows of the batch after SEQUENCE_DONE are applied.
 WRITER_STATE, SEQUENCE_DONE, PARTIAL = range(3)
 WRITER_ROWS = 3
-WRITER_FREE, WRITER_OPEN, WRITER_CLOSED = range(3)
+# WRITER_RECEIVING: another shard hands its rows over, which are no inserts.
+WRITER_FREE, WRITER_OPEN, WRITER_CLOSED, WRITER_RECEIVING = range(4)
 
 # journal records: a head of words, then the lanes of an append, four words each
 KIND, WHO, BATCH, DONE, COUNT, COUNTERS = range(1, 7)  # word 0 is the record's number

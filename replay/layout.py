@@ -22,6 +22,8 @@ HEADER_BYTES = 16 * PAGE
 MAX_WRITERS = 4096  # writers that a shard remembers, closed ones included
 NAME_BYTES = 128  # longest name of a writer
 _MAGIC = b"MILLRACE"
+_PLAN = b"HANDOVER"
+PLAN_AT = 12 * PAGE  # in the header: what a shard that leaves has planned
 
 SelectorName = Literal["uniform", "prioritised", "fifo", "lifo", "max_heap", "min_heap"]
 
@@ -58,6 +60,11 @@ class TableSpec:
         ):
             if number is not None and number < 1:
                 raise ValueError(f"table {self.name}: expected {what} of at least 1, received {number}")
+
+    @property
+    def keeps_priorities(self) -> bool:
+        """Whether the selector draws by priorities."""
+        return self.selector in ("prioritised", "max_heap", "min_heap")
 
     @property
     def drops_early(self) -> bool:
@@ -130,7 +137,7 @@ class Layout:
     def write_header(self, memory: np.ndarray, identity: str) -> None:
         """Say in the file what it is."""
         text = json.dumps({**self.to_json(), "identity": identity}).encode()
-        if len(text) > HEADER_BYTES - 16:
+        if len(text) > PLAN_AT - 16:
             raise SchemaError(f"the schema takes {len(text)} bytes, more than the header of a storage file holds")
         memory[16 : 16 + len(text)] = np.frombuffer(text, np.uint8)
         memory[8:16] = np.frombuffer(np.int64(len(text)).tobytes(), np.uint8)
@@ -164,3 +171,28 @@ def read_header(memory: np.ndarray) -> dict[str, Any] | None:
     except ValueError:
         return None
     return header
+
+
+def write_plan(memory: np.ndarray, plan: dict[str, Any]) -> None:
+    """Keep a plan in a storage that has none; from the last store on it is there.
+
+    Raises:
+        ValueError: it is too long.
+    """
+    text = json.dumps(plan).encode()
+    if len(text) > HEADER_BYTES - PLAN_AT - 16:
+        raise ValueError(f"the plan takes {len(text)} bytes, more than the header of a storage file holds")
+    at = PLAN_AT
+    memory[at + 16 : at + 16 + len(text)] = np.frombuffer(text, np.uint8)
+    memory[at + 8 : at + 16] = np.frombuffer(np.int64(len(text)).tobytes(), np.uint8)
+    memory[at : at + 8].view(np.int64)[0] = np.frombuffer(_PLAN, np.int64)[0]
+
+
+def read_plan(memory: np.ndarray) -> dict[str, Any] | None:
+    """What `write_plan` wrote; None where there is none."""
+    at = PLAN_AT
+    if memory[at : at + 8].tobytes() != _PLAN:
+        return None
+    (size,) = memory[at + 8 : at + 16].view(np.int64).tolist()
+    found: dict[str, Any] = json.loads(memory[at + 16 : at + 16 + size].tobytes())
+    return found

@@ -190,6 +190,12 @@ class RateLimiter:
             self.inserted, self.sampled, self.removed = inserted, sampled, removed
             self._changed.notify_all()
 
+    def change(self, limit: RateLimit) -> None:
+        """Keep other limits from now on; the counters stay."""
+        with self._changed:
+            self.limit = limit
+            self._changed.notify_all()
+
     def why(self, side: Side) -> str:
         limit, size = self.limit, self.inserted - self.removed
         if side == "sample" and size < limit.min_size:

@@ -108,7 +108,7 @@ class Deal:
             total = sum(counters.get(name, 0) for counters in saved)
             if name == "items":
                 found[name] = held[index]
-            elif name == "inserted":
+            elif name == "inserted" and total >= sum(held):
                 found[name] = held[index] + _spread(total - sum(held), index, self.count)
             else:
                 found[name] = _spread(total, index, self.count)

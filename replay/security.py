@@ -100,7 +100,7 @@ def new_token() -> str:
     return secrets.token_urlsafe(32)
 
 
-def check_host(host: str, security: Security) -> str | None:
+def check_host(host: str, security: Security, *, setting: str = "replay.host") -> str | None:
     """A warning where a service on `host` sends its token over a network in clear text; else None."""
     if security.certificate is not None or host == "localhost":
         return None
@@ -110,7 +110,7 @@ def check_host(host: str, security: Security) -> str | None:
     except ValueError:  # a name, which may stand for any address
         pass
     return (
-        f"replay.host is {host} and TLS is off: the run's token and all steps cross the network in clear text; set "
+        f"{setting} is {host} and TLS is off: the run's token and all that is sent cross the network in clear text; set "
         "replay.tls_certificate and replay.tls_key, or listen on 127.0.0.1"
     )
 
@@ -128,7 +128,7 @@ def _host_port(address: str) -> str:
     return address.rpartition("://")[2]
 
 
-def _unauthenticated(given: Sequence[str | bytes], security: Security) -> str | None:
+def unauthenticated(given: Sequence[str | bytes], security: Security) -> str | None:
     """Why a call with these `authorization` headers is refused; None: it is not."""
     wanted = f"Bearer {security.token}".encode()
     if len(given) == 1:
@@ -152,7 +152,7 @@ class _FlightCheck(flight.ServerMiddlewareFactory):  # type: ignore[misc]
         self._security = security
 
     def start_call(self, info: Any, headers: Mapping[str, list[str | bytes]]) -> None:
-        why = _unauthenticated(headers.get(HEADER, []), self._security)
+        why = unauthenticated(headers.get(HEADER, []), self._security)
         if why is not None:
             raise flight.FlightUnauthenticatedError(why)
 
@@ -176,14 +176,16 @@ def flight_location(host: str, port: int, security: Security) -> str:
     return f"{'grpc' if security.certificate is None else 'grpc+tls'}://{host}:{port}"
 
 
-def flight_server_options(security: Security) -> dict[str, Any]:
+def flight_server_options(security: Security, *, check: flight.ServerMiddlewareFactory | None = None) -> dict[str, Any]:
     """Keyword arguments for `FlightServerBase`: the check of the token, and TLS.
+
+    check: looks at each call in place of the one that lets in who shows the run's token and nobody else.
 
     Raises:
         ValueError: the TLS files cannot be used.
     """
     security.check_files()
-    options: dict[str, Any] = {"middleware": {"token": _FlightCheck(security)}}
+    options: dict[str, Any] = {"middleware": {"token": check or _FlightCheck(security)}}
     if security.certificate is not None and security.key is not None:
         options["tls_certificates"] = [(_read(security.certificate, "certificate"), _read(security.key, "key"))]
     return options
@@ -224,7 +226,7 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         given = [value for key, value in handler_call_details.invocation_metadata if key == HEADER]
-        why = _unauthenticated(given, self._security)
+        why = unauthenticated(given, self._security)
         if why is None:
             return continuation(handler_call_details)
 

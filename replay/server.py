@@ -4,6 +4,7 @@ Data plane, all on long-lived streams:
   DoPut   descriptor {"writer": id}: batches of (lane, row) with their sequence number as metadata, each answered with the
           number last applied; the first answer is that number before the stream began, so that a writer knows what to
           send again. Metadata `close` ends the writer and its lanes.
+          {"receive": id}: rows of a shard that leaves (`replay.receiving`).
           {"priorities": table}: batches of (item, priority), not answered.
           {"acknowledge": id}: the number of a stream's windows used since the last message, as metadata; a negative number
           gives back windows that were thrown away.
@@ -12,7 +13,12 @@ Data plane, all on long-lived streams:
           acknowledged; or only their row numbers, for a reader that has mapped the storage. The metadata (`wire.BLOCK`) tells
           the table's mass and items on this shard; a stream that waits sends it with an empty block, so that readers of
           several shards know how their masses change.
-  DoAction  describe, stats; snapshot {"location"}; lease, take_back: between shards.
+  DoAction  describe, stats; snapshot {"location"}; lease, take_back: between shards; leave, hand_over {"to",
+          "retry_s"}: of a shard that leaves (`replay.handover`); quarantine {"writer", "why"},
+          readmit {"writer"}: of guests.
+
+Writers outside the run (`replay.guests`) may do the first of these alone, and are answered in more words
+(`replay.guest_service`).
 
 Every call shows the run's token (`replay.security`). What does not parse or fit is refused with what was expected and what was
 received, and changes nothing.
@@ -25,20 +31,24 @@ import json
 import struct
 import sys
 import threading
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from .ending import end_serving
+from .ending import cut, end_serving
 from .faults import fault
 from .files import storage_path
+from .guest_service import GuestGate, GuestService
+from .handover import HandedOver, HandOverError
 from .health import Health
 from .limiter import LeasedLimiter, Limiter, RateLimiter, Side
 from .queue_service import QueueService, queue_message
 from .queues import Queue
+from .receiving import receive
 from .schema import SchemaError, Window
 from .security import (
     Between,
@@ -52,7 +62,7 @@ from .security import (
     parse_json,
     read_chunks,
 )
-from .shard import Shard, ShardSpec, WriterClosedError
+from .shard import Shard, ShardLeavingError, ShardSpec, WriterClosedError
 from .snapshot import SnapshotError, SnapshotStore
 from .storage import StorageError
 from .tables import Draw
@@ -62,12 +72,14 @@ from .wire import (
     MAX_BYTES,
     MAX_ROWS,
     PRIORITIES,
+    RETRY_S,
     SEQUENCE,
     action,
     column,
     items_schema,
     rows_from_arrow,
     to_arrow,
+    unpack_sequence,
     window_bytes,
     window_schema,
 )
@@ -75,6 +87,7 @@ from .wire import (
 _POLL_S = 0.5  # how often a blocked call looks whether its caller is still there
 _MANY = range(1, MAX_ROWS + 1)
 MOST_STEPS, MOST_STACK = 65_536, 64  # of a window
+_LATE_S = 5.0  # by which shard 0 may answer later than it was asked to
 _IDLE_S = 5.0  # credits that nobody has asked for this long go back to the limiter
 # The interpreter hands itself from one thread to the next after this time at the latest. Its default of 5 ms is what a reader
 # would wait for while a writer's thread is at work.
@@ -137,6 +150,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
             ValueError: the TLS files cannot be used.
         """
         sys.setswitchinterval(_SWITCH_S)
+        self._security = security
         self._leaders: dict[str, RateLimiter] = {}
         self._leased: dict[str, LeasedLimiter] = {}
         limiters: dict[str, Limiter] = {}
@@ -144,9 +158,9 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
             self._leaders = spec.limiters()
             limiters.update(self._leaders)
         else:
-            leader = flight_client(spec.limiter_address, security)
+            self._followed = _Leader(spec.limiter_address, security)
             for table in spec.tables:
-                self._leased[table.name] = _leased(leader, table.name, spec)
+                self._leased[table.name] = _leased(self._followed, table.name, spec)
             limiters.update(self._leased)
         self.damage = ""
         try:
@@ -177,6 +191,9 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
                     found.add(queue.name)
                 self._opened[queue.name] = Queue(queue, path)
             self._queues = QueueService(self._opened, closing=self._closing)
+            self._guests = GuestService(
+                self.shard, spec.guests, closing=self._closing, cut=lambda peer: cut(self.port, peer=peer)
+            )
             self._listen(spec, security)
         except BaseException:
             self._release(steps=not self.shard.recovered, queues=self._opened.keys() - found)
@@ -187,12 +204,17 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def _listen(self, spec: ShardSpec, security: Security) -> None:
         try:
-            super().__init__(flight_location(spec.host, spec.port, security), **flight_server_options(security))
+            options = flight_server_options(security, check=GuestGate(security, self._guests.admit))
+            super().__init__(flight_location(spec.host, spec.port, security), **options)
         except pa.ArrowException as error:
             raise OSError(f"cannot listen on {spec.host}:{spec.port} ({error}); set replay.host") from error
         self.address = flight_location(spec.host, self.port, security)
         self._health = Health(spec.host, security)
         self.health_address = self._health.address
+
+    def follow(self, limiter_address: str) -> None:
+        """Lease from the limiter at another address from now on: shard 0 is elsewhere. Of a shard that is not shard 0."""
+        self._followed.follow(limiter_address)
 
     def _return_credits(self) -> None:
         """Hand back the credits of sides that nobody uses any more, so that other shards can go on."""
@@ -204,7 +226,10 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
     # ------------------------------------------------------------------ Flight
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        kinds: dict[str, Any] = {"writer": str, "priorities": str, "acknowledge": str}
+        if (guest := context.get_middleware("token")) is not None:
+            self._guests.do_put(context, guest.name, descriptor.command, reader, writer)
+            return
+        kinds: dict[str, Any] = {"writer": str, "priorities": str, "acknowledge": str, "receive": str}
         if (queue := queue_message(descriptor.command)) is not None:
             self._queues.do_put(context, queue, reader, writer)
             return
@@ -216,10 +241,14 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
             match kind:
                 case "writer":
                     self._read_rows(context, name, reader, writer)
+                case "receive":
+                    receive(self.shard, name, reader, writer)
                 case "priorities":
                     self._read_priorities(name, reader)
                 case "acknowledge":
                     self._read_acknowledgements(name, reader)
+        except ShardLeavingError as error:  # who writes here has not been told yet, and may try again
+            raise flight.FlightUnavailableError(str(error)) from None
         except (SchemaError, WriterClosedError) as error:
             raise flight.FlightServerError(str(error)) from None
         except struct.error as error:
@@ -255,12 +284,14 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
                 if chunk.data is None:
                     closed = chunk.app_metadata.to_pybytes() == CLOSE
                     break
-                (sequence,) = SEQUENCE.unpack(chunk.app_metadata or b"")
+                sequence, ended = unpack_sequence(chunk.app_metadata or b"")
                 columns = check_batch(chunk.data, expected, max_rows=MAX_ROWS, max_bytes=MAX_BYTES)
                 lanes, rows = rows_from_arrow(columns, shard.schema)
                 while not shard.insert(name, sequence, lanes, rows, timeout_s=_POLL_S):
                     if self._closing.is_set() or context.is_cancelled():
                         return
+                if len(ended):
+                    shard.end_lanes(name, ended, behind=sequence)
                 fault("shard.before_reply")
                 writer.write(SEQUENCE.pack(sequence))
         finally:
@@ -318,7 +349,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
                 block, draw = found or (empty, None)
                 stream.sent(block.num_rows)
                 stamp, probability = (0, 0.0) if draw is None else (draw.taken, float(draw.probability[0]))
-                yield block, BLOCK.pack(table.mass, table.items, stamp, probability)
+                yield block, BLOCK.pack(*table.offered, stamp, probability)
         finally:
             self._streams.pop(wanted["stream"], None)
             self.shard.unused(name, stream.unused)
@@ -347,7 +378,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
             return [json.dumps(self._queues.do_action(request.type, queue)).encode()]
         try:
             return [json.dumps(self._act(request.type, request.body)).encode()]
-        except (SchemaError, ValueError, SnapshotError, OSError, pa.ArrowException) as error:
+        except (SchemaError, ValueError, SnapshotError, HandOverError, OSError, pa.ArrowException) as error:
             raise flight.FlightServerError(str(error)) from None
 
     def _act(self, kind: str, body: pa.Buffer) -> dict[str, Any]:
@@ -386,7 +417,24 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
                 asked = parse_json(body, what=what, required={"table": str, **some})
                 self._leader(asked["table"]).take_back(asked["inserts"], asked["samples"], asked["deleted"])
                 return {}
-        raise SchemaError(f"expected one of the actions describe, lease, snapshot, stats, take_back; received {kind!r}")
+            case "leave":
+                parse_json(body, what=what, required={})
+                self.leave()
+                return {}
+            case "hand_over":
+                asked = parse_json(body, what=what, required={"to": dict, "retry_s": Between(0.0, 3600.0)})
+                return asdict(self.hand_over(_routes(asked["to"], what=what), retry_s=asked["retry_s"]))
+            case "quarantine":
+                asked = parse_json(body, what=what, required={"writer": str, "why": str})
+                self.quarantine(asked["writer"], asked["why"])
+                return {}
+            case "readmit":
+                self.readmit(parse_json(body, what=what, required={"writer": str})["writer"])
+                return {}
+        raise SchemaError(
+            "expected one of the actions describe, hand_over, lease, leave, quarantine, readmit, snapshot, stats, take_back; "
+            f"received {kind!r}"
+        )
 
     def _leader(self, table: str) -> RateLimiter:
         self.shard.table(table)
@@ -409,6 +457,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         """The shard's statistics; on shard 0 with the limiters' counters as well."""
         found = self.shard.stats()
         found["queues"] = {name: queue.stats() for name, queue in self._opened.items()}
+        found["guests"] = self._guests.stats()
         for name, leader in self._leaders.items():
             found["tables"][name]["limiter"] = {
                 "inserted": leader.inserted,
@@ -426,9 +475,41 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         saved = SnapshotStore(location).save(self.shard, shard=self.shard.index, previous=store)
         return {**saved.header["counters"], "bytes": saved.size}
 
+    def leave(self) -> None:
+        """As `Shard.leave`.
+
+        Raises:
+            HandOverError: this is shard 0, which holds the limiters.
+        """
+        if self._leaders:
+            raise HandOverError(
+                f"expected another shard than {self.shard.index} to leave: it holds the limiters of all"
+            )
+        self.shard.leave()
+
+    def hand_over(self, to: Mapping[int, str], *, retry_s: float = RETRY_S) -> HandedOver:
+        """As `Shard.hand_over`."""
+        return self.shard.hand_over(to, self._security, retry_s=retry_s)
+
     def end_writer(self, writer: str) -> None:
         """End the lanes of a writer that is known to be dead."""
         self.shard.end_writer(writer)
+
+    def quarantine(self, guest: str, why: str) -> None:
+        """Shut a writer outside the run out of this shard.
+
+        Raises:
+            ValueError: the name is none of a guest.
+        """
+        self._guests.quarantine(guest, why)
+
+    def readmit(self, guest: str) -> None:
+        """Let a writer outside the run in again that was shut out.
+
+        Raises:
+            ValueError: the name is none of a guest.
+        """
+        self._guests.readmit(guest)
 
     def lost(self, table: str, items: int) -> None:
         """Another shard has lost items of a table; on shard 0 only."""
@@ -461,6 +542,13 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
         end_serving(self, grace_s=2 * _POLL_S)
 
 
+def _routes(found: dict[str, Any], *, what: str) -> dict[int, str]:
+    """Numbers of shards → addresses."""
+    if not all(number.isdecimal() and isinstance(address, str) for number, address in found.items()):
+        raise SchemaError(f"{what}: expected numbers of shards with their addresses, received {str(found)[:200]}")
+    return {int(number): address for number, address in found.items()}
+
+
 def _window(found: dict[str, Any], shard: Shard) -> Window:
     """The window that a ticket asks for."""
     rules: dict[str, Any] = {
@@ -476,7 +564,24 @@ def _window(found: dict[str, Any], shard: Shard) -> Window:
     return window
 
 
-def _leased(leader: flight.FlightClient, table: str, spec: ShardSpec) -> LeasedLimiter:
+class _Leader:
+    """Where the limiter of shard 0 is reached, which may change."""
+
+    def __init__(self, address: str, security: Security) -> None:
+        self._security = security
+        self.follow(address)
+
+    def follow(self, address: str) -> None:
+        # The old client ends once its last call has.
+        self._client = flight_client(address, self._security)
+
+    def action(self, kind: str, body: dict[str, Any], *, timeout_s: float = 0.0) -> dict[str, Any]:
+        """Ask it, where it may take `timeout_s`: a host that is gone without a word is waited for no longer than `_LATE_S` more."""
+        found: dict[str, Any] = action(self._client, kind, body, timeout_s=timeout_s + _LATE_S)
+        return found
+
+
+def _leased(leader: _Leader, table: str, spec: ShardSpec) -> LeasedLimiter:
     """A share of the limiter on shard 0."""
 
     def lease(side: Side, least: int, most: int, deleted: int, timeout_s: float) -> tuple[int, str]:
@@ -488,10 +593,10 @@ def _leased(leader: flight.FlightClient, table: str, spec: ShardSpec) -> LeasedL
             "timeout_s": timeout_s,
             "shard": spec.index,
         }
-        answer = action(leader, "lease", {"table": table, "shard": spec.index, **body})
+        answer = leader.action("lease", {"table": table, "shard": spec.index, **body}, timeout_s=timeout_s)
         return int(answer["granted"]), str(answer["why"])
 
     def take_back(inserts: int, samples: int, deleted: int) -> None:
-        action(leader, "take_back", {"table": table, "inserts": inserts, "samples": samples, "deleted": deleted})
+        leader.action("take_back", {"table": table, "inserts": inserts, "samples": samples, "deleted": deleted})
 
     return LeasedLimiter(lease, take_back, insert_block=spec.insert_block, sample_block=spec.sample_block)

@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,21 +21,32 @@ from .clock import log_waits
 from .copies import SegmentCopy, TableCopy
 from .files import StorageFile
 from .gather import WindowReader
+from .guests import GuestLimits
+from .handover import HandedOver, HandOver, HandOverError, Plan, ask_room, make_plan
 from .kernels import NONE
 from .layout import Layout, TableSpec
 from .limiter import Limiter, RateLimiter
 from .queue_spec import QueueSpec
 from .rate_limit import RateLimit
+from .receiving import Part
+from .restoring import Receiver, restore
 from .schema import SchemaError, StepSchema, Window, WindowBatch
+from .security import Security
 from .storage import SegmentStorage
 from .tables import Draw, Table
+from .wire import RETRY_S
 
 MAX_LANES_PER_WRITER = 65_536
+LEAVES, LEFT = 1, 2  # `SegmentStorage.leaving`
 LEASE_S = 90.0  # a writer away for longer is taken for dead; writers give up trying before that
 
 
 class WriterClosedError(ValueError):
     """Rows from a writer that has closed or whose lease has ended."""
+
+
+class ShardLeavingError(WriterClosedError):
+    """A new writer to a shard that leaves its service."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ class ShardSpec:
     insert_block: int = 64  # credits that another shard than 0 leases from a limiter at once
     sample_block: int = 256
     lease_s: float = LEASE_S  # how long a writer may be away
+    guests: GuestLimits = field(default_factory=GuestLimits)  # what each writer outside the run may do
 
     def __post_init__(self) -> None:
         if len(self.tables) != len(self.limits):
@@ -80,6 +93,7 @@ class ShardSpec:
             "tables": [asdict(table) for table in self.tables],
             "limits": [limit.to_dict() for limit in self.limits],
             "queues": [queue.to_json() for queue in self.queues],
+            "guests": self.guests.to_json(),
         }
 
     @classmethod
@@ -87,7 +101,8 @@ class ShardSpec:
         tables = tuple(TableSpec(**table) for table in found["tables"])
         limits = tuple(RateLimit.from_dict(limit) for limit in found["limits"])
         queues = tuple(QueueSpec.from_json(queue) for queue in found["queues"])
-        return cls(**{**found, "tables": tables, "limits": limits, "queues": queues})
+        guests = GuestLimits.from_json(found["guests"])
+        return cls(**{**found, "tables": tables, "limits": limits, "queues": queues, "guests": guests})
 
 
 class FairLock:
@@ -137,6 +152,19 @@ class _Writer:
     seen: float = field(default_factory=time.monotonic)
 
 
+class Progress(NamedTuple):
+    """What a writer's batch comes upon.
+
+    is_open: bool (n,), whether the lane of each row has an episode that has not ended.
+    applied: rows of the batch that are applied already, before a crash; `is_open` holds after them.
+    new_lanes: lanes of the batch that are not the writer's yet.
+    """
+
+    is_open: np.ndarray
+    applied: int
+    new_lanes: int
+
+
 class Shard:
     """Storage and tables; thread-safe."""
 
@@ -180,11 +208,16 @@ class Shard:
             for place, spec in enumerate(layout.tables)
         }
         self._storage.told()
+        if self._storage.leaving:  # and was killed meanwhile
+            self._stop_drawing()
         self._limited = list(self.tables.values())
         blocks = [table.clock.state("inserting") for table in self._limited]
         self._inserting = blocks[0] if len(blocks) == 1 else _Together(blocks)
         self._writers: dict[str, _Writer] = {}
         self._closed_writers: set[str] = set()
+        self._receiver = Receiver(self._storage, self.tables)
+        self._handing_over = threading.Lock()
+        self._hand_over: HandOver | None = None
         self._find_writers()
         self._readers: dict[Window, WindowReader] = {}
         self._lock = FairLock()
@@ -226,6 +259,8 @@ class Shard:
             if not is_open:
                 self._closed_writers.add(name)
                 continue
+            if self._storage.is_receiving(slot):
+                continue
             lanes = self._storage.lanes_of(slot)
             known = self._writers[name] = _Writer(slot, np.full(max(lanes, default=-1) + 1, NONE, np.int64))
             for number, lane in lanes.items():
@@ -241,11 +276,15 @@ class Shard:
         """A writer opens a stream. Returns the sequence number of its last batch applied, −1 for a new writer.
 
         Raises:
-            WriterClosedError: a writer of this name was closed.
+            WriterClosedError: a writer of this name was closed, or it is new and the shard leaves.
             SchemaError: too many writers, or a name too long.
         """
         with self._lock:
             self._end_leases()
+            if self.leaving and writer not in self._writers:
+                raise ShardLeavingError(
+                    f"expected no new writers, received {writer}: shard {self.index} leaves its service; write to another one"
+                )
             if writer in self._closed_writers:
                 raise WriterClosedError(
                     f"writer {writer} was closed (its lease is {self._lease_s:g} s); open a new one"
@@ -268,10 +307,74 @@ class Shard:
                 self._close_writer(writer)
 
     def end_writer(self, writer: str) -> None:
-        """End the lanes of a writer that is known to be dead, without waiting for its lease to end."""
+        """End the lanes of a writer that is known to be dead, those of its later connections (`<writer>/…`) as well.
+
+        Its lease is not waited for.
+        """
         with self._lock:
-            if writer in self._writers:
-                self._close_writer(writer)
+            for name in [name for name in self._writers if name == writer or name.startswith(f"{writer}/")]:
+                self._close_writer(name)
+
+    def reopen_writer(self, writer: str) -> None:
+        """Let a writer go on that was closed; one that is not is left alone."""
+        with self._lock:
+            if writer in self._closed_writers:
+                self._closed_writers.remove(writer)
+                slot, _ = self._storage.find_writers().get(writer, (NONE, False))
+                if slot != NONE:  # not forgotten yet
+                    self._storage.reopen_writer(slot)
+                    self._writers[writer] = _Writer(slot)
+
+    def progress(self, writer: str, sequence: int, lanes: np.ndarray) -> Progress | None:
+        """What a batch would come upon, for a check before `insert`; None: it is applied already.
+
+        lanes: int32 (n,), the writer's own lane numbers, whatever they are.
+
+        Raises:
+            WriterClosedError: the writer is not connected, or its lease has ended.
+        """
+        with self._lock:
+            known = self._known(writer)
+            if sequence <= self._storage.last_sequence(known.slot):
+                return None
+            mine = np.full(len(lanes), NONE, np.int64)
+            in_range = (lanes >= 0) & (lanes < len(known.lanes))
+            mine[in_range] = known.lanes[lanes[in_range]]
+            return Progress(
+                self._storage.has_open_episode(mine),
+                self._storage.applied(known.slot, sequence, len(lanes)),
+                len(np.unique(lanes[mine == NONE])),
+            )
+
+    def end_lanes(self, writer: str, lanes: np.ndarray | None, *, behind: int | None = None) -> list[int]:
+        """End those of some lanes, int32 (n,), that are a writer's, or all of its lanes. Returns which; a row in them opens
+        one anew.
+
+        behind: number of the batch that they end behind. Where a later one was applied, this one has come again, and they
+            ended the first time: nothing is done.
+        """
+        with self._lock:
+            known = self._writers.get(writer)
+            if known is None or not (behind is None or self._storage.is_newest(known.slot, behind)):
+                return []
+            mine = np.flatnonzero(known.lanes != NONE)
+            if lanes is not None:
+                mine = np.intersect1d(mine, lanes)
+            lost = self._storage.coming_items(known.lanes[mine].tolist())
+            for lane in mine.tolist():
+                self._storage.close_lane(int(known.lanes[lane]))
+                known.lanes[lane] = NONE
+            self._take_back(lost.tolist())  # counted as inserts to come, which they will never be
+            return [int(lane) for lane in mine]
+
+    def count_lanes(self, prefix: str) -> int:
+        """Lanes of the writers whose names begin so."""
+        with self._lock:
+            return sum(
+                int(np.count_nonzero(known.lanes != NONE))
+                for name, known in self._writers.items()
+                if name.startswith(prefix)
+            )
 
     def insert(self, writer: str, sequence: int, lanes: np.ndarray, rows: np.ndarray, *, timeout_s: float) -> bool:
         """Apply a batch of steps once.
@@ -368,15 +471,15 @@ class Shard:
     def _close_writer(self, writer: str) -> None:
         known = self._writers.pop(writer)
         self._closed_writers.add(writer)
-        lost = self._storage.coming_items(known.slot).tolist()
+        lost = self._storage.coming_items(self._storage.lanes_of(known.slot).values()).tolist()
         self._storage.close_writer(known.slot)
         self._take_back(lost)  # counted as inserts to come, which they will never be
 
     def coming_items(self) -> dict[str, int]:
         """Items of each table that the newest rows of open lanes are yet to become; limiters count them as inserted."""
         with self._lock:
-            slots = [known.slot for known in self._writers.values()]
-            counts = sum(map(self._storage.coming_items, slots), start=np.zeros(len(self.tables), np.int64))
+            lanes = [known.lanes[known.lanes != NONE].tolist() for known in self._writers.values()]
+            counts = self._storage.coming_items(chain.from_iterable(lanes))
         return dict(zip(self.tables, counts.tolist(), strict=True))
 
     def _end_leases(self) -> None:
@@ -511,6 +614,8 @@ class Shard:
             self._end_leases()
             found: dict[str, Any] = {
                 "capacity": self.layout.rows,
+                "free": self._storage.free_rows,
+                "leaving": self.leaving,
                 "bytes": self.layout.size,
                 "writers": len(self._writers),
                 "duplicates": self.duplicates,
@@ -563,7 +668,12 @@ class Shard:
                 "tables": {
                     name: {
                         "settings": asdict(table.spec),
-                        "counters": {"inserted": table.inserted, "sampled": table.sampled, "items": table.items},
+                        "counters": {
+                            "inserted": table.inserted,
+                            "sampled": table.sampled,
+                            "received": table.received,
+                            "items": table.items,
+                        },
                     }
                     for name, table in self.tables.items()
                 },
@@ -593,11 +703,7 @@ class Shard:
         place = slice(begin, begin + count)
         rows = index = None
         if with_rows:
-            rows = np.empty(count, self.schema.dtype)
-            raw = rows.view(np.uint8).reshape(count, -1)
-            packed = self.schema.packed.itemsize
-            raw[:, :packed] = storage.packed[place]
-            raw[:, packed:] = storage.large[place]
+            rows = storage.read(place)
             index = np.arange(count) + int(segments[kernels.FIRST_INDEX, segment])
             first = rows["is_first"]
             starts = np.maximum.accumulate(np.where(first, np.arange(count), -1))
@@ -620,66 +726,103 @@ class Shard:
         with self._lock:
             if self._storage.taken:
                 raise ValueError(f"shard {self.index} holds steps already; only an empty one can be restored")
-            slot = self._storage.open_writer("restored")
-            lane_of: dict[int, int] = {}  # number of the next segment of a lane → lane
-            last: dict[int, Any] = {}
-            number = 0
-            for sequence, copied in enumerate(segments):
-                assert copied.rows is not None
-                lane = lane_of.pop(copied.sequence, NONE)
-                if lane == NONE:
-                    lane, number = self._storage.open_lane(slot, number), number + 1
-                self._restore_segment(slot, sequence, lane, copied, last)
-                if copied.following == NONE:
-                    self._storage.close_lane(lane)
-                else:
-                    lane_of[copied.following] = lane
-            self._storage.close_writer(slot)  # lanes whose next segment was recycled while the copy was made
-            self._storage.forget_writer(slot)
-            state = self._storage.state
-            for place, (name, table) in enumerate(self.tables.items()):
-                known = header["tables"].get(name, {}).get("counters") or {**header["counters"]}
-                state[kernels.INSERTED + place] = max(int(known["inserted"]), table.items)
-                state[kernels.SAMPLED + place] = int(known["sampled"])
+            restore(self._storage, self.tables, header, segments)
             self._grew.notify_all()
 
-    def _restore_segment(self, slot: int, sequence: int, lane: int, copied: SegmentCopy, last: dict[int, Any]) -> None:
-        """Append a segment to a lane; `last` keeps what tables knew of each lane's newest row, which is no item yet."""
-        storage, rows = self._storage, copied.rows
-        assert rows is not None
-        lanes = storage.arrays["lanes"]
-        if lanes[kernels.NEWEST, lane] == NONE and copied.index is not None and len(copied.index):
-            lanes[kernels.INDEX, lane] = copied.index[0] - 1  # the lane's earlier steps are gone
-        before = int(lanes[kernels.NEWEST, lane])
-        storage.append(slot, sequence, np.full(len(rows), lane, np.int64), np.ascontiguousarray(rows))
-        if before != NONE and lane in last:
-            self._restore_tables(np.array([before]), last.pop(lane))
-        self._restore_tables(self._newest(lane, len(rows)), copied.tables)
-        last[lane] = {name: known.rows(slice(-1, None)) for name, known in copied.tables.items()}
+    # ---------------------------------------------------------------- leaving
 
-    def _restore_tables(self, rows: np.ndarray, tables: Mapping[str, TableCopy]) -> None:
-        """Make of those rows, int64 (n,), that are items what a copy told of them; NONE among them are left out."""
-        for name, table in self.tables.items():
-            if name in tables:
-                here = (rows != NONE) & (self._storage.flags[rows] & table.bit != 0)
-                known = tables[name].rows(here)
-                table.restore(rows[here], known.member, known.priority, known.times_sampled)
+    @property
+    def leaving(self) -> bool:
+        """Whether the shard leaves its service, now or before it was killed."""
+        return self._storage.leaving > 0
 
-    def _newest(self, lane: int, count: int) -> np.ndarray:
-        """Rows of a lane's newest `count` steps, in time order; NONE for those recycled already. int64 (count,)."""
-        segments, steps = self._storage.arrays["segments"], self.layout.segment_steps
-        row, found = int(self._storage.arrays["lanes"][kernels.NEWEST, lane]), []
-        while count > 0:
-            segment, offset = divmod(row, steps)
-            here = min(offset + 1, count)
-            found.append(np.arange(row - here + 1, row + 1))
-            count -= here
-            previous = int(segments[kernels.PREVIOUS, segment])
-            if previous == NONE or segments[kernels.NEXT, previous] != segment:
-                found.append(np.full(count, NONE))
-                break
-            row = (previous + 1) * steps - 1
-        return np.concatenate(found[::-1])
+    def leave(self) -> None:
+        """Begin to leave the service: from now on there are no new writers, and nothing is drawn; once more does nothing.
+
+        Writers that are known may go on until `hand_over`.
+        """
+        with self._lock:
+            if not self.leaving:
+                self._storage.leaving = LEAVES
+            self._stop_drawing()
+            self._grew.notify_all()
+
+    def _stop_drawing(self) -> None:
+        for table in self.tables.values():
+            table.leaving = True
+
+    def hand_over(self, to: Mapping[int, str], security: Security, *, retry_s: float = RETRY_S) -> HandedOver:
+        """End all writers and give all rows to other shards: number of each → its Flight address. `leave` comes before.
+
+        What has failed, or was cut short by the death of this process, is gone on with where it was by another call, also on
+        a shard that has taken over the storage.
+
+        retry_s: how long a shard that is away is waited for, in seconds.
+
+        Raises:
+            HandOverError: the shard does not leave, or one of the others is not there, or has refused rows.
+        """
+        with self._handing_over:
+            if self._hand_over is None:
+                self._hand_over = self._begin_hand_over(to, security)
+            found = self._hand_over.run(to, retry_s=retry_s)
+            with self._lock:
+                left_out = [table.give_up() for table in self._limited]
+                if self._storage.leaving != LEFT:
+                    self._storage.leaving = LEFT
+                    for table, count in zip(self._limited, left_out, strict=True):
+                        if count:
+                            table.limiter.deleted(count)
+            return found
+
+    def _begin_hand_over(self, to: Mapping[int, str], security: Security) -> HandOver:
+        with self._lock:
+            if not self.leaving:
+                raise HandOverError(
+                    f"expected shard {self.index} to have been told to leave, and it was not; call leave"
+                )
+            for name in list(self._writers):
+                self._close_writer(name)
+            for name in self._receiver.names:
+                self._receiver.end(name)
+        known = self._storage.plan
+        if known is None:
+            segments = self._storage.arrays["segments"]
+            held = int(segments[kernels.FILL, segments[kernels.SEQUENCE] != NONE].sum())
+            plan = make_plan(held, ask_room(to, security))
+            self._storage.plan = plan.to_json()
+        else:
+            plan = Plan.from_json(known)
+        return HandOver(self._storage, self.tables, plan, security)
+
+    # -------------------------------------------------------------- receiving
+
+    def begin_receiving(self, name: str) -> int:
+        """A shard that leaves is to hand its rows over. Returns the number of the last part applied, −1 for none.
+
+        Raises:
+            ShardLeavingError: this shard leaves as well.
+        """
+        with self._lock:
+            if self.leaving:
+                raise ShardLeavingError(f"expected no rows of others, for shard {self.index} leaves its service itself")
+            return self._receiver.begin(name)
+
+    def receive(self, name: str, part: Part) -> None:
+        """Apply a part of what another shard hands over, once; what tables know of its rows is set again if it comes again.
+
+        Raises:
+            SchemaError: `begin_receiving` did not come before, or there are too few segments for its lane.
+        """
+        with self._lock:
+            self._receiver.apply(name, part)
+            self._grew.notify_all()
+
+    def end_receiving(self, name: str) -> None:
+        """Another shard has handed over all its rows; once more does nothing."""
+        with self._lock:
+            if self._receiver.end(name):
+                self._closed_writers.add(name)
 
     def close(self, *, remove: bool = True) -> None:
         """Let go of the storage file, and remove it unless told otherwise."""

@@ -12,13 +12,14 @@ Everything lies in one block of memory, which a shard maps from a file: what was
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from . import append_kernels, faults, kernels, read_kernels
 from .kernels import NONE
-from .layout import MAX_WRITERS, NAME_BYTES, Layout, read_header
+from .layout import MAX_WRITERS, NAME_BYTES, Layout, read_header, read_plan, write_plan
 from .schema import SchemaError
 
 
@@ -56,6 +57,7 @@ class SegmentStorage:
         self.history = history
         self._changed = changed
         memory = np.zeros(layout.size, np.uint8) if memory is None else memory[: layout.size]
+        self._memory = memory
         arrays = layout.carve(memory)
         self.arrays = arrays
         self.state, self.flags = arrays["state"], arrays["flags"]
@@ -125,12 +127,18 @@ class SegmentStorage:
         """(slot, open) of every writer that is known, by name."""
         state = self._writers[kernels.WRITER_STATE]
         return {
-            self._names[slot].decode(): (int(slot), bool(state[slot] == kernels.WRITER_OPEN))
+            self._names[slot].decode(): (int(slot), bool(state[slot] != kernels.WRITER_CLOSED))
             for slot in np.flatnonzero(state != kernels.WRITER_FREE)
         }
 
-    def open_writer(self, name: str) -> int:
+    def is_receiving(self, slot: int) -> bool:
+        """Whether a writer's rows are those of another shard."""
+        return bool(self._writers[kernels.WRITER_STATE, slot] == kernels.WRITER_RECEIVING)
+
+    def open_writer(self, name: str, *, receiving: bool = False) -> int:
         """A slot for a new writer. Where none is free, that of the writer closed first is forgotten.
+
+        receiving: its rows are those that another shard hands over, which count as received and not as inserted.
 
         Raises:
             SchemaError: too many writers are open, or the name is too long.
@@ -151,7 +159,7 @@ class SegmentStorage:
         self._names[slot] = encoded
         self._writers[kernels.SEQUENCE_DONE, slot] = NONE
         self._writers[kernels.PARTIAL, slot] = 0
-        state[slot] = kernels.WRITER_OPEN
+        state[slot] = kernels.WRITER_RECEIVING if receiving else kernels.WRITER_OPEN
         return slot
 
     def last_sequence(self, slot: int) -> int:
@@ -163,10 +171,14 @@ class SegmentStorage:
         lanes = np.flatnonzero(self._lanes[kernels.WRITER, : self.state[kernels.LANES]] == slot)
         return dict(zip(self._lanes[kernels.NUMBER, lanes].tolist(), lanes.tolist(), strict=True))
 
-    def coming_items(self, slot: int) -> np.ndarray:
-        """Items of each table that a writer's newest rows were counted as, and will not be if it ends now; int64 (tables,)."""
+    def is_newest(self, slot: int, sequence: int) -> bool:
+        """Whether a writer's batch is applied in full, and nothing of a later one."""
+        return self.last_sequence(slot) == sequence and self._writers[kernels.PARTIAL, slot] == 0
+
+    def coming_items(self, lanes: Iterable[int]) -> np.ndarray:
+        """Items of each table that lanes' newest rows were counted as, and will not be if they end now; int64 (tables,)."""
         counts = np.zeros(len(self._strides), np.int64)
-        for lane in self.lanes_of(slot).values():
+        for lane in lanes:
             if self._open_row(lane) != NONE:
                 counts += self._lanes[kernels.INDEX, lane] % self._strides == 0
         return counts
@@ -178,6 +190,11 @@ class SegmentStorage:
         self._writers[kernels.PARTIAL, slot] = self.state[kernels.CLOSED_WRITERS]  # how long ago, in closings
         self._writers[kernels.WRITER_STATE, slot] = kernels.WRITER_CLOSED
         return cut
+
+    def reopen_writer(self, slot: int) -> None:
+        """Let a closed writer go on, with new lanes and the numbers it had."""
+        self._writers[kernels.PARTIAL, slot] = 0  # of a closed writer it is something else
+        self._writers[kernels.WRITER_STATE, slot] = kernels.WRITER_OPEN
 
     def forget_writer(self, slot: int) -> None:
         """Make a closed writer's slot free."""
@@ -232,6 +249,15 @@ class SegmentStorage:
         self._free_lanes.append(lane)
         return cut
 
+    def has_open_episode(self, lanes: np.ndarray) -> np.ndarray:
+        """Whether the newest row of each lane ends no episode: bool (n,) for int64 (n,), False where that is NONE."""
+        newest, segment = self._lanes[kernels.NEWEST, lanes], self._lanes[kernels.SEGMENT, lanes]
+        here = newest // self.layout.segment_steps
+        # As `open_row`: recycled after a crash, before the lane had written to its new segment.
+        there = (here == segment) | (self._segments[kernels.NEXT, here] == segment)
+        found: np.ndarray = (lanes != NONE) & (newest != NONE) & there & (self.packed[newest, self._last_byte] == 0)
+        return found
+
     def _open_row(self, lane: int) -> int:
         """The newest row of a lane, unless it ends an episode or is gone: then NONE."""
         steps = self.layout.segment_steps
@@ -246,7 +272,7 @@ class SegmentStorage:
             SchemaError: a row begins an episode before the one before it in its lane has ended, or more rows of the batch
                 are applied than there are; nothing changed.
         """
-        begin = self._applied(slot, sequence, len(rows))
+        begin = self.applied(slot, sequence, len(rows))
         index, seen, stamps = self._scratch
         first, last = rows["is_first"].view(np.uint8), rows["is_last"].view(np.uint8)
         count, wrong = append_kernels.count_open(
@@ -267,7 +293,7 @@ class SegmentStorage:
         )
         return counts
 
-    def _applied(self, slot: int, sequence: int, count: int) -> int:
+    def applied(self, slot: int, sequence: int, count: int) -> int:
         """Rows of a writer's batch of `count` that are applied already: a crash may have come in the middle of it.
 
         Raises:
@@ -294,7 +320,7 @@ class SegmentStorage:
         if rows.dtype != self.layout.schema.dtype:
             raise SchemaError(f"rows have the layout {rows.dtype}, the table's schema is {self.layout.schema.dtype}")
         n = len(rows)
-        done = self._applied(slot, sequence, n)
+        done = self.applied(slot, sequence, n)
         if n == 0:
             self._writers[kernels.SEQUENCE_DONE, slot] = sequence
             return
@@ -348,11 +374,70 @@ class SegmentStorage:
         ).ravel()
         return rows
 
+    def begin_index(self, lane: int, index: int) -> bool:
+        """Let a lane begin with row `index` of an episode. Returns whether it has no rows; else nothing is done."""
+        empty = bool(self._lanes[kernels.NEWEST, lane] == NONE)
+        if empty:
+            self._lanes[kernels.INDEX, lane] = index - 1
+        return empty
+
+    def received(self, table: int, *, less: int) -> None:
+        """Some of the rows that were handed over were no items of a table."""
+        self.state[kernels.RECEIVED + table] -= less
+
     def drop(self, rows: np.ndarray, table: int) -> None:
         """Rows, int64 (n,), are no items of a table any more."""
         self.flags[rows] &= np.uint8(0xFF ^ 2 << table)
 
+    # ---------------------------------------------------------------- leaving
+
+    @property
+    def leaving(self) -> int:
+        """0: the shard serves; 1: it leaves its service; 2: it has left."""
+        return int(self.state[kernels.LEAVING])
+
+    @leaving.setter
+    def leaving(self, phase: int) -> None:
+        self.state[kernels.LEAVING] = phase
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """What a shard that leaves has planned; it is set once."""
+        return read_plan(self._memory)
+
+    @plan.setter
+    def plan(self, plan: dict[str, Any]) -> None:
+        write_plan(self._memory, plan)
+
     # ---------------------------------------------------------------- reading
+
+    def read(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Whole rows, structured (n,), of neighbouring ones or of row numbers, int64 (n,)."""
+        packed, large = self.packed[rows], self.large[rows]
+        found = np.empty(len(packed), self.layout.schema.dtype)
+        raw = found.view(np.uint8).reshape(len(packed), -1)
+        raw[:, : packed.shape[1]], raw[:, packed.shape[1] :] = packed, large
+        return found
+
+    def newest(self, lane: int, count: int) -> np.ndarray:
+        """Rows of a lane's newest `count` steps, in time order; NONE for those that are not there. int64 (count,)."""
+        row, found = int(self._lanes[kernels.NEWEST, lane]), []
+        while count > 0:
+            segment, offset = divmod(row, self.layout.segment_steps)
+            here = min(offset + 1, count)
+            found.append(np.arange(row - here + 1, row + 1))
+            count -= here
+            previous = int(self._segments[kernels.PREVIOUS, segment])
+            if previous == NONE or self._segments[kernels.NEXT, previous] != segment:
+                found.append(np.full(count, NONE))
+                break
+            row = (previous + 1) * self.layout.segment_steps - 1
+        return np.concatenate(found[::-1])
+
+    @property
+    def free_rows(self) -> int:
+        """Rows in segments that no lane has taken yet."""
+        return (self.layout.segments - min(self.taken, self.layout.segments)) * self.layout.segment_steps
 
     @property
     def rows_in_use(self) -> int:

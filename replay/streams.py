@@ -368,7 +368,9 @@ class StreamSource:
             self._ready -= gone
 
     def update_priorities(self, items: np.ndarray, priorities: np.ndarray) -> None:
-        """As `PriorityWriter.put`."""
+        """As `PriorityWriter.put`; nothing once the source is closed."""
+        if self._closing.is_set():
+            return
         if self._priorities is None:
             self._priorities = PriorityWriter(lambda: flight_client(self._address, self._security), self._table)
         self._priorities.put(items, priorities)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .clock import Clock
-from .kernels import LINKED, SAMPLED
+from .kernels import LINKED, RECEIVED, SAMPLED
 from .layout import TableSpec
 from .limiter import Limiter
 from .selectors import Drawn, Selector, make_selector
@@ -43,6 +43,10 @@ class Table:
         self.limiter = limiter
         self.clock = Clock()
         self.evicted_updates = 0  # priorities that came for items no longer there
+        self.leaving = False  # whether nothing is drawn any more, for the shard leaves the service
+        self.handed_over = 0  # items that are another shard's now, though their rows are here still
+        self.left_out = 0  # items that no other shard had room for
+        self.quiet = False  # whether the limiter is told of what is deleted by who changes the table
         self._index = index
         self.bit = np.uint8(2 << index)  # of a row's flags
         self._storage = storage
@@ -100,7 +104,7 @@ class Table:
         added = wanted[wanted & LINKED != 0] >> 8  # the others, or frames before them, are gone: deleted at once
         self.items += len(added) - len(removed)
         if deleted := len(removed) + len(wanted) - len(added):
-            self.limiter.deleted(deleted)
+            self._tell_deleted(deleted)
         if len(added) and len(removed):
             # In a small storage a row may have come and gone at once.
             added = added[self._storage.flags[added] & self.bit != 0]
@@ -136,7 +140,20 @@ class Table:
         for selector in self._selectors():
             selector.remove(rows)
             selector.items = self.items
-        self.limiter.deleted(len(rows))
+        self._tell_deleted(len(rows))
+
+    def _tell_deleted(self, count: int) -> None:
+        if not self.quiet:
+            self.limiter.deleted(count)
+
+    def gave(self, items: int) -> None:
+        """Another shard has so many of the items now; those of a shard that leaves stay where they are until it ends."""
+        self.handed_over += items
+
+    def give_up(self) -> int:
+        """What has not been handed over is left out. Returns how many items that are; the limiter is the caller's to tell."""
+        self.left_out = self.items - self.handed_over
+        return self.left_out
 
     def update_priorities(self, rows: np.ndarray, priorities: np.ndarray) -> None:
         """New priorities for rows, int64 (n,), NONE among them for items no longer there; those are counted and left out.
@@ -156,6 +173,8 @@ class Table:
 
     def can_draw(self, least: int) -> bool:
         """Whether `draw` would give `least` items."""
+        if self.leaving:
+            return False
         if self._times is None or self.items >= least:
             return self.items > 0 and self.mass > 0
         rows = np.flatnonzero(self._storage.flags & self.bit)
@@ -222,9 +241,19 @@ class Table:
         return float(self._selector.mass)
 
     @property
+    def offered(self) -> tuple[float, int]:
+        """What readers are told that the shard has: `mass` and `items`; nothing once it leaves."""
+        return (0.0, 0) if self.leaving else (self.mass, self.items)
+
+    @property
     def inserted(self) -> int:
-        """Items inserted over the table's life."""
+        """Items inserted over the table's life, those received from other shards left out."""
         return self._storage.inserted(self._index)
+
+    @property
+    def received(self) -> int:
+        """Items that shards which have left handed over, over the table's life."""
+        return int(self._storage.state[RECEIVED + self._index])
 
     @property
     def sampled(self) -> int:
@@ -234,21 +263,23 @@ class Table:
     def stats(self) -> dict[str, Any]:
         """Counters over the table's life, and seconds per state."""
         return {
-            "items": self.items,
+            "items": self.items - self.handed_over - self.left_out,
             "inserted": self.inserted,
-            "deleted": self.inserted - self.items,
+            "received": self.received,
+            "handed_over": self.handed_over,
+            "deleted": self.inserted + self.received - self.items + self.left_out,
             "sampled": self.sampled,
             "mass": self.mass,
             "evicted_updates": self.evicted_updates,
             **{f"time/{state}": seconds for state, seconds in self.clock.seconds().items()},
         }
 
-    def copy(self, rows: slice) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """(items bool (n,), priorities float64 (n,) or None, times sampled int32 (n,) or None) of neighbouring rows."""
+    def copy(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """(items bool (n,), priorities float64 (n,) or None, times sampled int32 (n,) or None) of rows."""
         member = self._storage.flags[rows] & self.bit != 0
         priorities = None
         if self._selector.by_priority:
-            numbers = np.arange(rows.start, rows.stop)
+            numbers = np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
             priorities = np.where(member, self._selector.priorities(numbers), 0.0)
         return member, priorities, None if self._times is None else self._times[rows].copy()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from .buffers import as_bytes
-from .schema import StepSchema, Window, WindowBatch
+from .schema import SchemaError, StepSchema, Window, WindowBatch
 
 SEQUENCE = struct.Struct("<q")
 # Of the shard's part of a table: mass, items; of the block: stamp of its draw, probability where its items have no own.
@@ -24,6 +25,25 @@ MAX_ROWS = 1_048_576  # rows of one message
 MAX_BYTES = 1 << 30  # bytes of one message
 
 PRIORITIES = pa.schema([("item", pa.int64()), ("priority", pa.float64())])
+
+
+def pack_sequence(sequence: int, ended: Sequence[int] = ()) -> bytes:
+    """Metadata of a writer's message: its number, and the lanes that end behind its rows."""
+    return SEQUENCE.pack(sequence) + np.asarray(ended, np.int32).tobytes()
+
+
+def unpack_sequence(metadata: bytes) -> tuple[int, np.ndarray]:
+    """What `pack_sequence` packed: the number, and lanes, int32 (n,).
+
+    Raises:
+        SchemaError: it is no such metadata.
+    """
+    if len(metadata) < SEQUENCE.size or len(metadata) % 4:
+        raise SchemaError(
+            f"expected metadata of {SEQUENCE.size} bytes, a message's number, and 4 for each lane that ends; received "
+            f"{len(metadata)} bytes"
+        )
+    return SEQUENCE.unpack_from(metadata)[0], np.frombuffer(metadata, np.int32, offset=SEQUENCE.size)
 
 
 def window_schema(schema: StepSchema, window: Window) -> pa.Schema:
@@ -128,8 +148,11 @@ def rows_from_arrow(columns: list[pa.Array], schema: StepSchema) -> tuple[np.nda
     return lanes.to_numpy(), values(rows).reshape(-1).view(schema.dtype)
 
 
-def action(client: flight.FlightClient, kind: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Ask a shard by DoAction; question and answer are JSON."""
-    (result,) = client.do_action(flight.Action(kind, json.dumps(body).encode()))
+def action(
+    client: flight.FlightClient, kind: str, body: dict[str, Any], *, timeout_s: float | None = None
+) -> dict[str, Any]:
+    """Ask a shard by DoAction; question and answer are JSON. Raises `FlightTimedOutError` after `timeout_s`."""
+    options = flight.FlightCallOptions(timeout=timeout_s)
+    (result,) = client.do_action(flight.Action(kind, json.dumps(body).encode()), options)
     answer: dict[str, Any] = json.loads(result.body.to_pybytes())
     return answer

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from .schema import SchemaError, StepSchema
-from .wire import CLOSE, LOST, RETRY_S, SEQUENCE
+from .wire import CLOSE, LOST, RETRY_S, SEQUENCE, pack_sequence
 
 if TYPE_CHECKING:
     from .shard import Shard  # it compiles kernels, which an actor has no use for
@@ -88,7 +88,12 @@ class _Message:
         ]
         self._all = pa.RecordBatch.from_arrays(columns, schema=schema)
         self.count = 0
+        self.ended: list[int] = []  # lanes that end behind its rows
         self.sequence = -1
+
+    def put_into(self, put: Any) -> None:
+        """Send it over a stream."""
+        put.write_with_metadata(self.batch(), pack_sequence(self.sequence, self.ended))
 
     def batch(self) -> pa.RecordBatch:
         """The rows that are in it, without a copy."""
@@ -116,9 +121,10 @@ class FlightWriter:
         message_rows: int | None = None,
         retry_s: float = RETRY_S,
         name: str | None = None,
+        wait: bool = True,
         connect: Callable[[str], flight.FlightClient] = flight.FlightClient,
     ) -> None:
-        """Returns when the shard has accepted the writer.
+        """Returns when the shard has accepted the writer, or at once.
 
         in_flight: messages sent and not acknowledged, at most. One more is being filled: `append` blocks when
             (in_flight + 1) · message_rows rows are not stored.
@@ -126,6 +132,7 @@ class FlightWriter:
             the table's error buffer allows one writer. None: what fits `MESSAGE_BYTES`.
         retry_s: how long a lost shard is waited for, in seconds, while there are rows for it.
         name: tells this writer from every other, dead or alive; None makes one up.
+        wait: return when the shard has accepted the writer; else the next call raises why it has not.
         connect: makes the client of an address.
 
         Raises:
@@ -157,23 +164,41 @@ class FlightWriter:
         self._held = 0  # rows appended and not acknowledged
         self._sequence = -1  # of the newest message sent
         self._put: Any = None  # where messages go; None while there is no connection
-        self._sending = False  # a thread is writing to `_put`: the one that may, which keeps messages in order
+        self._sending: Any = None  # the `_put` a thread is writing to: the one that may, which keeps messages in order
+        self._generation = 0  # of the address: the thread of an earlier one changes nothing any more
         self._accepted = False  # by the shard, at least once
         self._closing = False
         self._lost: Exception | None = None  # why there is no connection
         self._error: Exception | None = None  # why there will be none
         self._blocked_since: float | None = None
 
-        self._thread = threading.Thread(target=self._run, name=f"writer to {address}", daemon=True)
-        self._thread.start()
+        self._thread = self._start()
+        if not wait:
+            return
         try:
-            with self._changed:
-                self._changed.wait_for(lambda: self._accepted or self._error is not None)
-                if self._error is not None:
-                    raise self._error
+            self.wait_accepted()
         except BaseException:
             self._end()
             raise
+
+    def wait_accepted(self, timeout_s: float | None = None) -> bool:
+        """Wait until the shard has accepted the writer; False: not within `timeout_s`.
+
+        Raises:
+            flight.FlightError: the shard refused the writer, or was not there for `retry_s`.
+        """
+        if self._accepted:
+            return True
+        with self._changed:
+            self._wait(lambda: self._accepted or self._error is not None, timeout_s)
+            if self._error is not None:
+                raise self._error
+            return self._accepted
+
+    @property
+    def unacknowledged(self) -> int:
+        """Rows appended that the shard has not said to have."""
+        return self._held
 
     @property
     def waiting_for(self) -> str | None:
@@ -217,14 +242,38 @@ class FlightWriter:
                 self._held += end - begin
                 if self._put is None:
                     self._changed.notify_all()  # the thread may have given the shard up until there are rows for it
-                first = self._may_send()
+                put = self._may_send()
             done = part.stop
-            if first:
+            if put is not None:
                 self._blocked_since = time.monotonic()  # the connection may be full
-                self._send()
+                self._send(put)
                 self._blocked_since = None
             if done == count:
                 return
+
+    def end_lanes(self, lanes: Iterable[int]) -> None:
+        """End some lanes: their open episodes are closed as truncated. Rows for them that follow begin afresh. Never blocks."""
+        with self._changed:
+            self._filling.ended += lanes  # no more rows go into this message
+            put = self._may_send()
+        if put is not None:
+            self._send(put)
+
+    def readdress(self, address: str) -> None:
+        """Write to the shard at another address from now on; what is not acknowledged is sent there. For any thread.
+
+        Whoever waits for the shard waits for the new address, as long again. Does nothing where the address is the same.
+        """
+        with self._changed:
+            if address == self._address or self._closing or self._error is not None:
+                return
+            self._address = address
+            old, self._put, self._sending = self._put, None, None
+            self._generation += 1
+            self._thread = self._start()
+            self._changed.notify_all()
+        if old is not None:  # in a thread: it waits for what lies in a connection that may be dead
+            threading.Thread(target=_end_stream, args=(old,), name="writer that moved", daemon=True).start()
 
     def flush(self) -> None:
         """As `Writer.flush`.
@@ -256,13 +305,12 @@ class FlightWriter:
         with self._changed:
             first, self._closing = not self._closing, True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._sending)
-            put = self._put if first else None
-            self._sending = put is not None
+            self._changed.wait_for(lambda: self._sending is None)
+            put = self._sending = self._put if first else None
         if put is not None:
             _say_close(put)
             with self._changed:
-                self._sending = False
+                self._sending = None
                 self._changed.notify_all()
         self._thread.join(_END_S)
 
@@ -272,75 +320,90 @@ class FlightWriter:
             raise self._error
         if self._closing:
             raise ValueError(f"the writer to {self._address} is closed")
-        return self._filling.count < self._message_rows
+        return self._filling.count < self._message_rows and not self._filling.ended
 
-    def _wait(self, until: Callable[[], bool]) -> None:
+    def _wait(self, until: Callable[[], bool], timeout_s: float | None = None) -> None:
         self._blocked_since = time.monotonic()
         try:
-            self._changed.wait_for(until)
+            self._changed.wait_for(until, timeout_s)
         finally:
             self._blocked_since = None
 
-    def _may_send(self) -> bool:
-        """Whether there is a message to send and nobody who does; who asked is then the one, and must call `_send`."""
-        if self._sending or not self._ready():
-            return False
-        self._sending = True
-        return True
+    def _may_send(self) -> Any:
+        """The stream, if there is a message to send over it and nobody who does; who asked must then call `_send`."""
+        if self._sending is None and self._ready():
+            self._sending = self._put
+            return self._put
+        return None
 
     def _ready(self) -> bool:
-        return self._put is not None and self._filling.count > 0 and len(self._sent) < self._in_flight
+        staged = self._filling.count > 0 or bool(self._filling.ended)
+        return self._put is not None and staged and len(self._sent) < self._in_flight
 
-    def _send(self) -> None:
+    def _send(self, put: Any) -> None:
         """Send what is staged, and what is staged meanwhile, until the stream has enough. Takes `_changed`."""
-        put = None
         try:
             while True:
                 with self._changed:
+                    if self._sending is not put:
+                        return  # the shard has another address now, and another stream
                     if not self._ready():
-                        self._sending = False
+                        self._sending = None
                         if self._put is None or self._closing:
                             self._changed.notify_all()
                         return
-                    put, message = self._put, self._filling
+                    message = self._filling
                     self._sequence += 1
                     message.sequence = self._sequence
                     self._sent.append(message)
                     self._filling = self._free.pop()
-                put.write_with_metadata(message.batch(), SEQUENCE.pack(message.sequence))
+                message.put_into(put)
         except BaseException as error:  # an interrupt too: nobody knows then whether the message is on its way
             with self._changed:
-                self._put, self._sending = None, False
-                self._changed.notify_all()
+                if self._sending is put:
+                    self._put = self._sending = None
+                    self._changed.notify_all()
             # That ends the replies as well, if they have not ended yet: their reader then sends all again, over a new stream.
-            if put is not None:
-                with suppress(*LOST):
-                    put.done_writing()
+            _end_stream(put)
             if not isinstance(error, LOST):
                 raise
 
-    def _acknowledge(self, answer: pa.Buffer) -> bool:
+    def _acknowledge(self, answer: pa.Buffer, generation: int) -> Any:
         """Free what was applied. Returns `_may_send`. Takes `_changed`."""
         (applied,) = SEQUENCE.unpack(answer)
         with self._changed:
+            if generation != self._generation:
+                return None  # the messages are being sent elsewhere
             self._sequence = max(self._sequence, applied)  # a writer of this name may have been before
             while self._sent and self._sent[0].sequence <= applied:
                 message = self._sent.popleft()
                 self._held -= message.count
                 message.count = 0
+                message.ended.clear()
                 self._free.append(message)  # used next: it is still in the cache
             self._changed.notify_all()
             return self._may_send()
 
     # ------------------------------------------------------------------ thread
 
-    def _run(self) -> None:
+    def _start(self) -> threading.Thread:
+        """The thread that talks to the present address."""
+        name = f"writer to {self._address}"
+        thread = threading.Thread(target=self._run, args=(self._generation,), name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _run(self, generation: int) -> None:
         give_up = time.monotonic() + self._retry_s
+
+        def over() -> bool:
+            return self._closing or generation != self._generation
+
         try:
             while True:
-                accepted, lost = self._talk()
+                accepted, lost = self._talk(generation)
                 with self._changed:
-                    if self._closing:
+                    if over():
                         return
                     # What the shard has refused on purpose, it will refuse again.
                     if isinstance(lost, REFUSED):
@@ -351,47 +414,50 @@ class FlightWriter:
                     if time.monotonic() > give_up:
                         if self._wanted():
                             raise lost
-                        self._changed.wait_for(lambda: self._closing or self._wanted())
+                        self._changed.wait_for(lambda: over() or self._wanted())
                         give_up = time.monotonic() + self._retry_s
                     else:
-                        self._changed.wait_for(lambda: self._closing, _PAUSE_S)
-                    if self._closing:
+                        self._changed.wait_for(over, _PAUSE_S)
+                    if over():
                         return
         except Exception as error:
             with self._changed:
-                self._error = error
+                if generation == self._generation:
+                    self._error = error
                 self._changed.notify_all()
 
     def _wanted(self) -> bool:
         """Whether somebody waits for the connection."""
         return self._held > 0 or not self._accepted
 
-    def _talk(self) -> tuple[bool, Exception]:
+    def _talk(self, generation: int) -> tuple[bool, Exception]:
         """Open a stream, send again what the shard has not applied, and read replies until it ends.
 
         Returns whether the shard accepted the writer, and what ended the stream.
         """
         client = put = None
         accepted = False
-        lost: Exception = flight.FlightUnavailableError(f"{self._address} ended the stream")
+        address = self._address
+        lost: Exception = flight.FlightUnavailableError(f"{address} ended the stream")
         try:
-            client = self._new_client(self._address)
+            client = self._new_client(address)
             descriptor = flight.FlightDescriptor.for_command(json.dumps({"writer": self._name}).encode())
             put, replies = client.do_put(descriptor, self._arrow)
             # The first reply comes once the stream's schema is there, which `begin` inside do_put has sent.
             if (answer := replies.read()) is not None:
-                self._acknowledge(answer)
-                self._resend(put)
+                self._acknowledge(answer, generation)
+                self._resend(put, generation)
                 accepted = True
                 while (answer := replies.read()) is not None:
-                    if self._acknowledge(answer):
-                        self._send()
+                    if (free := self._acknowledge(answer, generation)) is not None:
+                        self._send(free)
         except LOST as error:
             lost = error
         finally:
             with self._changed:
-                self._put = None
-                self._changed.wait_for(lambda: not self._sending)
+                if generation == self._generation:
+                    self._put = None
+                    self._changed.wait_for(lambda: self._sending is None or generation != self._generation)
             if put is not None:
                 try:
                     put.close()  # raises what the shard said, if it ended the stream
@@ -401,18 +467,20 @@ class FlightWriter:
                 client.close()
         return accepted, lost
 
-    def _resend(self, put: Any) -> None:
+    def _resend(self, put: Any, generation: int) -> None:
         """Send what is not acknowledged over a new stream, and open it for what follows. Takes `_changed`."""
         with self._changed:
-            again = list(self._sent)
+            again = list(self._sent) if generation == self._generation else []
         for message in again:
-            put.write_with_metadata(message.batch(), SEQUENCE.pack(message.sequence))
+            message.put_into(put)
         with self._changed:
+            if generation != self._generation:
+                return
             self._put, self._lost, self._accepted = put, None, True
             self._changed.notify_all()
-            first, closing = self._may_send(), self._closing
-        if first:
-            self._send()
+            free, closing = self._may_send(), self._closing
+        if free is not None:
+            self._send(free)
         if closing:  # said while there was no stream to say it on
             _say_close(put)
 
@@ -420,6 +488,11 @@ class FlightWriter:
 def _say_close(put: Any) -> None:
     with suppress(*LOST):  # every step is stored; the lanes then end with the writer's lease
         put.write_metadata(CLOSE)
+        put.done_writing()
+
+
+def _end_stream(put: Any) -> None:
+    with suppress(*LOST):
         put.done_writing()
 
 

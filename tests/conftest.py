@@ -36,6 +36,14 @@ WHOLE_RUNS = (
     "test_ray_run",
     "test_ray_llm",
     "test_ray_head_restart",
+    "test_ray_elastic",
+    "test_ray_relay",
+    "test_ray_placement",
+    "test_ray_submit",
+    "test_cluster_faults",
+    "test_outside",
+    "test_ray_files",
+    "test_ray_metrics",
 )
 
 

@@ -111,10 +111,10 @@ def test_a_checkpoint_is_named_by_the_step_of_its_kind_and_keeps_what_its_head_k
         path.write_bytes(b"learner")
         return 8
 
-    def save_shards(path: Path, before: Path | None) -> list[dict[str, int]]:
+    def save_shards(path: Path, before: Path | None) -> dict[str, dict[str, int]]:
         path.mkdir()
         (path / "rows").write_bytes(b"rows")
-        return [newest]
+        return {"shard 0": newest}
 
     assert recorder.checkpoint(
         save_learner=save_learner,

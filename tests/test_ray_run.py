@@ -432,8 +432,9 @@ def test_no_cluster_and_too_small_a_cluster_are_clear_errors(
     )
     assert process.wait(timeout=60) == 1
     log = (tmp_path / "log").read_text()
-    assert "the run asks for 51 CPUs, and it has 8" in log
-    assert "lower actors.count" in log
+    assert "the run asks for 51.1 CPUs" in log
+    assert "8 CPUs: 43.1 CPUs missing" in log
+    assert "actors.count, actors.cpus" in log
     assert "Traceback" not in log
     assert not (tmp_path / "runs" / "a").exists()
     assert ray_cluster.workers() == []

@@ -173,7 +173,7 @@ def settle(sampler: Sampler, masses: np.ndarray) -> None:
     taken = np.zeros(len(masses))
     for _ in range(10_000):
         batch = sampler.sample(20.0)
-        known = np.array([source.mass for source in sampler._sources])
+        known = np.array([source.mass for source in sampler._sources.values()])
         if np.allclose(known, masses, rtol=1e-9):
             taken += np.bincount(batch.shard, minlength=len(masses))
         if (taken[masses > 0] >= 4 * BATCH).all():
@@ -238,7 +238,7 @@ def test_a_prioritised_draw_over_shards_is_that_of_one_big_table(service: Servic
     masses = masses_of(items, SHARES, seed=1)
     service.prioritise(sampler, items, masses)
     counts = drawn_counts(sampler, items, masses, DRAWS)
-    assert {source.transport for source in sampler._sources} == {transport}  # type: ignore[attr-defined]
+    assert {source.transport for source in sampler._sources.values()} == {transport}  # type: ignore[attr-defined]
     check_distribution(counts, items, masses)
     # The same counts do not agree with a table one of whose shards weighs a twentieth more.
     for wrong in range(3):
@@ -480,7 +480,7 @@ def test_fifo_over_shards_is_by_age_and_each_item_comes_once(in_order: InOrder) 
         np.subtract.at(left, batch.shard, 1)
 
     def have_come() -> bool:
-        return all(len(source.keys(size, 0.0)) == min(size, left[k]) for k, source in enumerate(sampler._sources))
+        return all(len(source.keys(size, 0.0)) == min(size, left[k]) for k, source in sampler._sources.items())
 
     for _ in range(25):
         insert()

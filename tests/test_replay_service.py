@@ -591,7 +591,10 @@ def test_unknown_actions_streams_and_tables_are_refused(service: ShardServer) ->
             list(client.do_action(flight.Action("erase", b"{}")))
         for command, said in (
             ({"eraser": "x"}, "the descriptor of DoPut: expected writer .*received .*eraser"),
-            ({"writer": "x", "priorities": "steps"}, "expected one of writer, priorities, acknowledge; received"),
+            (
+                {"writer": "x", "priorities": "steps"},
+                "expected one of writer, priorities, acknowledge, receive; received",
+            ),
             ({"priorities": "none"}, "expected a table of shard 0, which has steps; received 'none'"),
         ):
             descriptor = flight.FlightDescriptor.for_command(json.dumps(command).encode())
@@ -953,7 +956,7 @@ def test_two_shards_are_drawn_in_proportion_and_share_one_limiter(memory: Path) 
             writer.flush()
         masses = [table_of(shard)["items"] for shard in (first, second)]
         assert masses == [894, 298]
-        wait_until(lambda: [source.mass for source in sampler._sources] == masses)
+        wait_until(lambda: [source.mass for source in sampler._sources.values()] == masses)
         drawn = of_second = 0
         try:
             while drawn < 10_000:
@@ -1049,7 +1052,7 @@ def test_a_shard_killed_is_read_around_and_comes_back_with_every_step(memory: Pa
             write(writers[1], checked(SCHEMA, 10_071, 30))
             assert all_numbers(third) == list(range(10_000, 10_100))
             assert table_of(third, "prioritised")["mass"] == mass + 50 * 3.0  # new items: the highest priority so far
-            wait_until(lambda: [source.mass for source in sampler._sources] == [50, 100])
+            wait_until(lambda: [source.mass for source in sampler._sources.values()] == [50, 100])
             for one in (alone, sampler, prioritised):
                 seen: set[int] = set()
                 while not {10_050, 10_099} <= seen:

@@ -76,7 +76,7 @@ class Engine(Protocol):
         Every request comes back exactly once, whatever weights are loaded meanwhile. Without requests it does nothing.
         """
 
-    def load(self, version: int, data: bytes) -> None:
+    def load(self, version: int, data: bytes | memoryview) -> None:
         """New weights, as `weights_bytes` writes them.
 
         They are taken at once, that is between two steps, and running completions go on with them; with `sampling.swap` finish

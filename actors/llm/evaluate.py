@@ -104,7 +104,7 @@ class Evaluator:
         self._temperature = temperature
         self._seed = seed
 
-    def run(self, version: int, weights: bytes | None) -> Passes:
+    def run(self, version: int, weights: bytes | memoryview | None) -> Passes:
         """Evaluate a policy; without weights the one that the engine has.
 
         Raises:

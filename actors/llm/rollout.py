@@ -107,7 +107,7 @@ class GroupRollout:
         self._slots = slots
         self._ahead = prompts_ahead
         self._seed = seed
-        self._held: deque[tuple[int, bytes]] = deque()
+        self._held: deque[tuple[int, bytes | memoryview]] = deque()
         self._hold_back = hold_back
         self._lock_step = lock_step
         self._groups: dict[int, _Group] = {}
@@ -133,10 +133,10 @@ class GroupRollout:
         """Why the last completion that nobody could judge was not judged; empty before there is one."""
         return self._unscored_reason
 
-    def set_weights(self, version: int, data: bytes) -> None:
+    def set_weights(self, version: int, data: bytes | memoryview) -> None:
         """Newer weights; the engine takes them between two decode steps, or later where they are held back."""
         self._held.append((version, data))
-        due: tuple[int, bytes] | None = None
+        due: tuple[int, bytes | memoryview] | None = None
         # By number: an actor that polls for weights does not see every version.
         while self._held and self._held[0][0] <= version - self._hold_back:
             due = self._held.popleft()

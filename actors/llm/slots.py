@@ -57,7 +57,7 @@ class SlotEngine:
         self._waiting: deque[Request] = deque()
         self._waiting_prompts: Counter[bytes] = Counter()
         self._prefilled: dict[bytes, Prefilled] = {}  # of one prompt each
-        self._new_weights: tuple[int, bytes] | None = None
+        self._new_weights: tuple[int, bytes | memoryview] | None = None
         self._recompute = False
         self._stats: Counter[str] = Counter()
 
@@ -107,7 +107,7 @@ class SlotEngine:
         self._waiting.extend(requests)
         self._waiting_prompts.update(request.prompt.tobytes() for request in requests)
 
-    def load(self, version: int, data: bytes) -> None:
+    def load(self, version: int, data: bytes | memoryview) -> None:
         """New weights; see `Engine`. Those that have to wait are looked at when they are taken, within `step`."""
         if self._new_weights is not None and version < self._new_weights[0]:
             return  # of several that wait the newest is taken
@@ -159,7 +159,7 @@ class SlotEngine:
     def _most_tokens(self, request: Request) -> int:
         return self._settings.max_tokens if request.max_tokens is None else request.max_tokens
 
-    def _take(self, version: int, data: bytes) -> None:
+    def _take(self, version: int, data: bytes | memoryview) -> None:
         load_weights(self._model.network, data)
         self._version = version
         self._stats["swaps"] += 1

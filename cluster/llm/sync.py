@@ -230,7 +230,7 @@ class LlmSyncRun:
     def _checkpoint(self, evaluation: float | None) -> None:
         self._recorder.checkpoint(
             save_learner=lambda path: parts.save_learner(path, self._learner, version=self._version),
-            save_shards=lambda path, _before: [parts.save_shard(self._queue, path, index=0)],
+            save_shards=lambda path, _before: {"shard 0": parts.save_shard(self._queue, path, index=0)},
             save_more=lambda path: save_desk(self._desk, path),
             policy=self._learner.policy_bytes(),
             evaluation=evaluation,

@@ -89,7 +89,7 @@ def weights_bytes(network: nn.Module) -> bytes:
     return b"".join([len(text).to_bytes(8, "little"), text, *numbers])
 
 
-def load_weights(network: nn.Module, data: bytes) -> None:
+def load_weights(network: nn.Module, data: bytes | memoryview) -> None:
     """Takes over in place what `weights_bytes` wrote of a model of the same shape, in the network's own type.
 
     Raises ValueError, changing nothing, if names or shapes differ, or the network has low-rank additions.
@@ -274,7 +274,7 @@ class _Stored(NamedTuple):
     end: int
 
 
-def _stored(data: bytes) -> dict[str, _Stored]:
+def _stored(data: bytes | memoryview) -> dict[str, _Stored]:
     """The tensors of a safetensors buffer; raises ValueError if it is none, or holds other than floats."""
     size = int.from_bytes(data[:8], "little") if len(data) >= 8 else len(data)
     start = 8 + size
@@ -282,7 +282,7 @@ def _stored(data: bytes) -> dict[str, _Stored]:
     try:
         if start > len(data):
             raise ValueError(f"it should begin with {start} bytes of header")
-        header = json.loads(data[8:start])
+        header = json.loads(bytes(data[8:start]))  # of a memory view as well
         header.pop("__metadata__", None)
         for name, entry in header.items():
             dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
