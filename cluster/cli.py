@@ -50,6 +50,8 @@ millrace: distributed actor-learner system for online reinforcement learning
   millrace bench difficulty [--subject difficulty|staleness] [--seeds 3] [--updates 200] [--jobs 2] [--save] [--json]
   millrace bench tasks [--curricula uniform band] [--seeds 3] [--jobs 2] [--folder DIR] [--plot-only] [--save] [--json]
   millrace bench curriculum [--tasks N] [--groups N] [--seeds 3] [--save] [--json]
+  millrace bench cluster [--only PATTERN] [--actors 1 2 4 8 16] [--json]  the head's work, weights to actors, recovery
+  millrace bench scale [--costs FILE] [--check FILE …] [--json]         what bounds a run of many actors, by a model
   millrace clean [--directory DIR] [--yes] [--json]                     list (--yes: remove) storage of dead runs
 
 CONFIG is a YAML file; those that come with Millrace can be named by their short names, such as pendulum_sac.

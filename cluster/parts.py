@@ -275,10 +275,12 @@ def samples_used(config: RunConfig, counts: Counts) -> int:
 
 
 def set_limit(shard: Shard, config: RunConfig) -> None:
-    """Keep the pace of these settings, of which more or fewer processes ask for more or less room; on shard 0."""
+    """Keep the pace of these settings, of which more or fewer processes ask for more or less room."""
     limiter = shard.table(TABLE).limiter
-    assert isinstance(limiter, RateLimiter)
-    limiter.change(rate_limit(config))
+    if isinstance(limiter, RateLimiter):
+        limiter.change(rate_limit(config))
+    if isinstance(limiter, LeasedLimiter):
+        limiter.lease_in(insert_block=config.insert_block, sample_block=config.sample_block)
 
 
 def shards_of_actor(index: int, *, actors: int, shards: Sequence[int]) -> list[int]:

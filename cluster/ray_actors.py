@@ -59,6 +59,7 @@ class Actors:
         for index in range(count):
             if index not in there:
                 self._spawn(index)
+                self._children[f"actor {index}"].is_added = True
                 self._start(index)
 
     def _follow(self, child: Child) -> None:

@@ -83,10 +83,12 @@ class RunCheckpoints:
         that do not serve.
         """
         self._tried_at = time.monotonic()
-        missing = [child.name for child in self._children.of("shard") if child.starting is not None]
+        missing = [
+            c.name for c in self._children.of("shard") if c.address and (c.starting or c.leaving == "handing over")
+        ]
         why = self._obstacle()
         if why is None and not is_last:
-            why = f"{', '.join(missing)} was not running" if missing else self._saves.moving()
+            why = self._saves.moving() or (f"{', '.join(missing)} was not running" if missing else None)
         if why is None and not self._weights.newest.version:
             self._fetch_weights()
         evaluation, policy = self._evaluations.unsaved_best or (self._books.evaluation_now, self._weights.newest.data)
@@ -125,8 +127,9 @@ def save_learner(children: Children, path: Path) -> int:
 
 
 def save_shards(children: Children, replay: Path, before: Path | None) -> dict[str, Any]:
-    """As `Saves.save_shards`; raises what `saved` does."""
+    """As `Saves.save_shards`, of those whose rows are nowhere else; raises what `saved` does."""
     previous = None if before is None else str(before)
-    shards = [child for child in children.of("shard") if child.worker is not None and child.starting is None]
+    serving = [child for child in children.of("shard") if child.worker is not None and child.starting is None]
+    shards = [child for child in serving if child.leaving != "handing over"]
     answers = {child.name: child.worker.save.remote(str(replay), previous) for child in shards}
     return {name: saved(answer) for name, answer in answers.items()}

@@ -64,6 +64,8 @@ class Child:
     address: str = ""  # of a shard, once it serves
     port: int = 0
     process: dict[str, Any] = field(default_factory=dict)  # where it runs, once it has started
+    starting_since: float = 0.0  # monotonic; of a shard
+    is_added: bool = False  # to a run that goes, and has not begun yet
     leaving: Phase | None = None  # that nobody takes the place of when it goes
     leaving_since: float = 0.0  # monotonic
     left: Any = None  # answer of the last thing that it is asked for before it goes
@@ -131,6 +133,11 @@ class Children:
         """Newest status of the processes of a kind that have told one."""
         return {child.name: child.status for child in self.of(kind) if len(child.status) > 1}
 
+    def let_go(self, name: str) -> None:
+        """Forget a process, which whoever calls ends."""
+        self._children.pop(name)
+        self.lost.discard(name)
+
     def remove(self, name: str) -> None:
         """End a process that left, and forget it."""
         self._children.pop(name).end()
@@ -163,6 +170,8 @@ class Children:
         if before is not None:  # what is known of the place that it takes
             child.failures, child.leaving, child.leaving_since = before.failures, before.leaving, before.leaving_since
             child.address, child.port = before.address, before.port
+            if child.kind == "shard":  # what it held, until it tells what it holds
+                child.status = dict(before.status)
         return child
 
     def known(self) -> dict[str, dict[str, Any]]:
@@ -295,7 +304,7 @@ class Children:
         except ray.exceptions.RayError as error:
             # What could not start now will not start again, but for one that could not reach another process, which died.
             lost_another = type(getattr(error, "cause", None)).__name__ in LOST_ANOTHER
-            if child.starting is not None and not lost_another:
+            if child.starting is not None and not lost_another and not child.is_added:
                 raise RunError(f"{child.name} could not start: {short(error)}") from error
             return f"failed: {short(error)}"
         if child.starting is not None:
@@ -336,8 +345,10 @@ class Children:
             log.warning("%s could not be ended: %s", name, error)
 
     def close(self) -> None:
-        """End all processes, shards by asking: their storage would stay in memory."""
-        self.ask_all("shard", "close", timeout_s=10.0)
+        """End all processes, shards by asking, those that start as well: their storage would stay in memory."""
+        closed = [child.worker.close.remote() for child in self.of("shard") if child.worker is not None]
+        if closed:
+            ray.wait(closed, num_returns=len(closed), timeout=CLOSE_S)
         for name in list(self._children):
             self.kill(name)
 

@@ -20,6 +20,7 @@ from cluster.ray_desk import Answer, HeadDesk, answers
 from cluster.ray_files import FILES_GROUP
 from cluster.ray_head import RunHead, resumed_at
 from cluster.ray_outside import RayOutside
+from cluster.ray_placement import on_this_node
 from cluster.ray_relay import Request
 from cluster.ray_shards import MOVE_S, Shards
 from cluster.ray_workers import ActorWorker, EvaluatorWorker, ExporterWorker, LearnerWorker
@@ -61,6 +62,7 @@ class ControlHeadWorker(RunHead):
             incarnation=self._incarnation,
             latest=self._latest,
             changed=self._reroute,
+            keep=self._keep,
             tell=self._recorder.event,
         )
         self._outside = RayOutside(
@@ -173,7 +175,9 @@ class ControlHeadWorker(RunHead):
         )
 
     def _make_exporter(self) -> None:
-        self._children.make("exporter", ExporterWorker, self._config, self._schema, options={"num_cpus": 0})
+        self._children.make(
+            "exporter", ExporterWorker, self._config, self._schema, options={"num_cpus": 0, **on_this_node()}
+        )
 
     def _learners_restarted(self) -> None:
         self._told_extent = None
@@ -211,7 +215,9 @@ class ControlHeadWorker(RunHead):
         before = self._config
         wanted = super()._scale(actors, shards)
         if self._config != before:
-            self._children["shard 0"].worker.set_limit.remote(self._config)
+            for child in self._children.of("shard"):
+                if child.worker is not None and child.starting is None:
+                    child.worker.set_limit.remote(self._config)
             self._reroute()
         return wanted
 
@@ -220,7 +226,8 @@ class ControlHeadWorker(RunHead):
 
     def _checkpoint_due(self) -> bool:
         """As `RunHead._checkpoint_due`, and soon after a shard has left: the one before has its rows elsewhere."""
-        return super()._checkpoint_due() or (self._shards.has_changed and self._shards.is_settled)
+        has_changed = self._shards.has_changed and self._shards.is_settled and not self._learners.are_starting
+        return super()._checkpoint_due() or (has_changed and self._checkpoints.may_retry)
 
     def moving(self) -> str | None:
         return "steps are on their way from a shard that leaves to the others" if self._shards.is_handing_over else None
@@ -300,7 +307,7 @@ class ControlHeadWorker(RunHead):
 
     def _checkpoint(self) -> bool:
         done = super()._checkpoint()
-        self._shards.has_changed = False
+        self._shards.has_changed = self._shards.has_changed and not done
         if self._desk.is_open and (latest := self._latest()) is not None:
             self._desk.saved(latest.path)
         return done

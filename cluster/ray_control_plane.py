@@ -53,10 +53,12 @@ class ControlPlane:
         requests: Requests,
         *,
         stop: Callable[[str], None],
+        own_log: Callable[[int], tuple[list[dict[str, Any]], int]],
     ) -> None:
         """
         requests: answered by the control loop, which knows "scale" and "checkpoint".
         stop: has the run end, for a reason.
+        own_log: the head's, as `ProcessLog.after`.
         """
         self._folder = folder
         self._books = books
@@ -64,6 +66,7 @@ class ControlPlane:
         self._placement = placement
         self._requests = requests
         self._stop = stop
+        self._own_log = own_log
         self._server: ControlServer | None = None
         self._row: Mapping[str, float] = {}
         self._lock = threading.Lock()
@@ -151,7 +154,10 @@ class ControlPlane:
 
     def logs(self, after: int, process: str | None) -> tuple[list[Line], int]:
         """As `Controlled.logs`: the run's events, or what one process has logged itself."""
-        if process is not None and process != "head":
+        if process == "head":
+            own, following = self._own_log(after)
+            return [_line(line) for line in own], following
+        if process is not None:
             return self._logs_of(process, after)
         with self._lock:
             self._read_events()
@@ -160,7 +166,7 @@ class ControlPlane:
 
     def _logs_of(self, process: str, after: int) -> tuple[list[Line], int]:
         if process not in self._children:
-            names = ", ".join(child.name for child in self._children.all())
+            names = ", ".join(["head", *(child.name for child in self._children.all())])
             raise ValueError(f"expected the name of a process of the run ({names}), received {process!r}")
         worker = self._children[process].worker
         if worker is None:
@@ -169,7 +175,7 @@ class ControlPlane:
             lines, following = ray.get(worker.logs.remote(after), timeout=ANSWER_S)
         except (ray.exceptions.RayError, TimeoutError):
             raise RuntimeError(f"{process} does not answer: it has died, has not started yet, or is busy") from None
-        return [cast(Line, {key: line[key] for key in LINE if key in line}) for line in lines], following
+        return [_line(line) for line in lines], following
 
     def _read_events(self) -> None:
         """Take in the lines that events.jsonl has got since."""
@@ -181,8 +187,7 @@ class ControlPlane:
                 self._read_to += len(line)
                 self._count += 1
                 if (event := read_event(line)) is not None:
-                    known = {key: event[key] for key in LINE if key in event}
-                    self._lines.append(cast(Line, known | {"number": self._count}))
+                    self._lines.append(_line(event | {"number": self._count}))
 
     def join(self, name: str, lanes: int, writer: str) -> Joined:
         """As `Controlled.join`."""
@@ -202,6 +207,10 @@ class ControlPlane:
                 "this run takes no actors from outside: it has not started yet, or trains a language model"
             )
         return self.outside
+
+
+def _line(found: Mapping[str, Any]) -> Line:
+    return cast(Line, {key: found[key] for key in LINE if key in found})
 
 
 def _count(kind: str, wanted: int, processes: list[Process]) -> Count:

@@ -29,7 +29,6 @@ from cluster.ray_children import HEAD as HEAD_NAME
 from cluster.ray_children import (
     MOST_RESTARTS,
     SAVE_S,
-    START_S,
     STOP_S,
     WITHIN_S,
     Child,
@@ -166,7 +165,9 @@ class RunHead(RunProcess, ABC):
             forget=self._forget_actor,
             tell=self._recorder.event,
         )
-        self._plane = ControlPlane(folder, head, self._children, self._placement, self._requests, stop=self.stop)
+        self._plane = ControlPlane(
+            folder, head, self._children, self._placement, self._requests, stop=self.stop, own_log=self.logs
+        )
         self._outcome: dict[str, Any] | None = None
 
     @property
@@ -255,6 +256,7 @@ class RunHead(RunProcess, ABC):
 
     def _started(self, child: Child, answer: Mapping[str, Any]) -> None:
         """A process that was started has answered."""
+        child.is_added = False
         if child.kind == "actor":
             self._relays.attach(child.name, child.worker, answer["process"]["node_id"])
 
@@ -276,7 +278,7 @@ class RunHead(RunProcess, ABC):
         """Whether a checkpoint should be written now; not while a learner starts."""
         if self._learners.are_starting or self.moving() is not None:
             return False
-        if any(child.starting is not None for child in self._children.of("shard")):
+        if any(child.starting is not None and child.address for child in self._children.of("shard")):
             return False
         return self._head.checkpoint_due(time.monotonic())
 
@@ -397,7 +399,8 @@ class RunHead(RunProcess, ABC):
         due = time.monotonic()
         while True:
             # Sooner than the next row where a stop or an evaluation comes sooner.
-            due = max(due + min(period, self._head.seconds_to_due()), time.monotonic() + SHORTEST_S)
+            now = time.monotonic()
+            due = max(min(due, now) + min(period, self._head.seconds_to_due()), now + SHORTEST_S)
             if self._wake.wait(max(0.0, due - time.monotonic())) and self._stop_asked is None:
                 self._wake.clear()
             self._collect()
@@ -464,9 +467,9 @@ class RunHead(RunProcess, ABC):
 
     def _settle(self) -> None:
         """Wait for shards that start or hand their rows over, so that the last checkpoint has all rows once."""
-        deadline = time.monotonic() + (SAVE_S if self._stop_asked is None else START_S)  # who asks to stop has no time
+        deadline = time.monotonic() + (SAVE_S if self._stop_asked is None else STOP_S)  # who asks to stop has no time
         while time.monotonic() < deadline:
-            is_starting = any(child.starting is not None for child in self._children.of("shard"))
+            is_starting = any(child.starting is not None and child.address for child in self._children.of("shard"))
             if not is_starting and self.moving() is None:
                 return
             time.sleep(SHORTEST_S)
@@ -500,6 +503,10 @@ class RunHead(RunProcess, ABC):
     def _restart(self, child: Child, why: str) -> None:
         """Put a new process in the place of a dead or failed shard or actor."""
         name = child.name
+        if child.is_added and why != "died":  # it cannot start here: the run goes on with those it has
+            self._recorder.event("warning", f"{name} {why}; the run goes on without it")
+            self._scale(**{"actors": None, "shards": None, f"{child.kind}s": child.index})
+            return
         if child.kind == "actor" and child.leaving is not None:
             self._recorder.event("warning", f"{name} {why} while it was leaving")
             self._actors.remove(child)
@@ -596,7 +603,7 @@ class RunHead(RunProcess, ABC):
         self._evaluations.restore(kept, again=self._evaluation_again, checkpoints=checkpoints)
         self._restore_more(kept)
         for child in self._children.of("actor"):
-            if child.worker is not None and child.process:
+            if child.worker is not None and child.process and child.leaving is None:
                 self._relays.attach(child.name, child.worker, child.process["node_id"])
         for child in starting:
             if child.kind == "actor":
@@ -623,10 +630,12 @@ class RunHead(RunProcess, ABC):
             self._learners.tell_warnings()
         for child, answer in found.started:
             self._started(child, answer)
-        for child, why in found.failed:
+        # One that has come back elsewhere may have had others replaced.
+        failed = [(c, why) for c, why in found.failed if c.name in self._children and self._children[c.name] is c]
+        for child, why in failed:
             if child.kind != "learner":
                 self._restart(child, why)
-        if learners := [(child, why) for child, why in found.failed if child.kind == "learner"]:
+        if learners := [(child, why) for child, why in failed if child.kind == "learner"]:
             self._learners.restart(learners)
             self._learners_restarted()
             self._keep()

@@ -203,7 +203,7 @@ def _check_resources(
         raise ClusterError("stopped by a signal while waiting for resources: nothing has been trained")
     where = f"the cluster at {address}" if address else "this machine"
     waited = f" after {seconds:g} s" if seconds else ""
-    advice = "" if seconds or not address else "; --wait_for_resources SECONDS waits for nodes that join"
+    advice = "" if seconds or not address else "; --wait-for-resources SECONDS waits for nodes that join"
     raise ClusterError(f"{where} is too small{waited}: {missing}{advice}")
 
 

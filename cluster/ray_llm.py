@@ -65,7 +65,7 @@ class LlmHeadWorker(RunHead):
             str, tuple[str, int]
         ] = {}  # shards that start in the place of another: why, groups that waited
         self._holds = 0  # checkpoints tried: a number for each
-        self._gpus = self._config.actors.count * self._config.actors.gpus  # set aside for actors and learners
+        self._gpus = 0.0  # set aside for learners
         self._has_checkpoint = path is not None
         if kept is not None and kept["is_started"]:
             # Here, for the learner may publish at once.
@@ -214,7 +214,8 @@ class LlmHeadWorker(RunHead):
     def _spawn_evaluator(self) -> None:
         """On a GPU as actors are, where one is left; else it would never start."""
         gpus = self._config.actors.gpus
-        if gpus > float(ray.cluster_resources().get("GPU", 0.0)) - self._gpus:
+        taken = self._gpus + self._config.actors.count * gpus
+        if gpus > float(ray.cluster_resources().get("GPU", 0.0)) - taken:
             gpus = 0.0
         self._children.make(
             "evaluator", LlmEvaluatorWorker, self._config, gpus, options={"num_cpus": 0, "num_gpus": gpus}

@@ -18,7 +18,7 @@ from cluster.ray_relay import Upstream
 from cluster.ray_threads import RunProcess, Thread, failure_of, once, process
 from cluster.warned import Warned
 from configs.llm import LlmConfig
-from replay.security import Security, flight_client
+from replay.security import ListenError, Security, flight_client
 
 if TYPE_CHECKING:
     from actors.assignments import Outcome
@@ -66,17 +66,24 @@ class QueueShardWorker(RunProcess):
                     parts.restore_shard(queue, folder, index=self._index, count=settings.shards)
 
         with self._serving:
-            server = self._server = QueueServer(
+            make = partial(
+                QueueServer,
                 parts.queue_spec(self._config),
                 self._security,
                 run=self._run,
                 index=self._index,
                 directory=settings.directory,
                 host=ray.util.get_node_ip_address() if settings.host == "node" else settings.host,
-                port=port,
                 recover=recover,
                 prepare=prepare,
             )
+            try:
+                server = self._server = make(port=port)
+            except ListenError:
+                if port == 0:
+                    raise
+                # That of the shard before it has gone to another program: whoever reads and writes is told of the new one.
+                server = self._server = make(port=0)
         return {
             "address": server.address,
             "port": server.port,

@@ -178,19 +178,6 @@ async def _status(actor: Any, arguments: tuple[Any, ...]) -> Status:
 # --------------------------------------------------------------------- the head
 
 
-def exchange_each(
-    exchange: Callable[..., Answer | None], requests: Sequence[Request]
-) -> list[Answer | Exception | None]:
-    """What the head's `exchange_many` is: `exchange` for each of several actors; an error, which is one actor's, is its answer."""
-    answers: list[Answer | Exception | None] = []
-    for request in requests:
-        try:
-            answers.append(exchange(*request))
-        except Exception as error:
-            answers.append(error)
-    return answers
-
-
 def tick_s(nodes: float) -> float:
     """Seconds between two calls of the desk by each of so many relays."""
     return max(TICK_S, nodes / MOST_BATCHES)

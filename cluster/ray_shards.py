@@ -52,6 +52,7 @@ class Shards:
         incarnation: Callable[[], int],
         latest: Callable[[], Checkpoint | None],
         changed: Callable[[], None],
+        keep: Callable[[], None],
         tell: Callable[..., None],
     ) -> None:
         """
@@ -60,6 +61,7 @@ class Shards:
         incarnation: a number that no other process of the run has.
         latest: the newest checkpoint.
         changed: called when the routes have changed, or a shard is to be written to no more.
+        keep: puts the head's state on disk.
         tell: `Recorder.event`.
         """
         self._folder = folder
@@ -72,9 +74,12 @@ class Shards:
         self._incarnation = incarnation
         self._latest = latest
         self._changed = changed
+        self._keep = keep
         self._tell = tell
         self._leaders: dict[str, str | None] = {}  # address of shard 0 that each was told
         self.has_changed = False  # since somebody has looked: the newest checkpoint has rows where they are no more
+        self._lost = 0  # items of other shards that are gone, which the limiter is to be told of
+        self._told_away: set[str] = set()
         self._gone = dict.fromkeys(COUNTERS, 0)  # counters of shards that left: the table's limiter still counts them
         self._replaced: dict[
             str, dict[str, Any]
@@ -92,7 +97,7 @@ class Shards:
         return {
             child.index: child.address
             for child in sorted(self._children.of("shard"), key=lambda child: child.index)
-            if child.address and child.leaving not in shut
+            if child.address and child.leaving not in shut and not (writing and child.name in self._told_away)
         }
 
     @property
@@ -103,7 +108,8 @@ class Shards:
     @property
     def is_settled(self) -> bool:
         """Whether all shards serve and none leaves."""
-        return all(child.starting is None and child.leaving is None for child in self._children.of("shard"))
+        shards = [child for child in self._children.of("shard") if child.address]
+        return all(child.starting is None and child.leaving is None for child in shards)
 
     # ------------------------------------------------------------------ start
 
@@ -158,6 +164,7 @@ class Shards:
         leader = None if child.index == 0 else self._children["shard 0"].address
         self._leaders[child.name] = leader
         replay = None if checkpoint is None else str(replay_folder(checkpoint))
+        child.starting_since = time.monotonic()
         child.starting = child.worker.start.remote(leader, child.port, replay, recover, others)
 
     def started(self, child: Child, answer: Mapping[str, Any]) -> None:
@@ -170,8 +177,20 @@ class Shards:
             self._head.rebase(child.name, child.status)
         if (before := self._replaced.pop(child.name, None)) is not None:
             self._tell("restart", self._told(child, answer, before))
+        self._tell_limiter(is_new=child.index == 0)
         self._lead()
         self._changed()
+
+    def _tell_limiter(self, *, is_new: bool) -> None:
+        """Tell shard 0, where it serves, of what it cannot know; one that is `new` was started with the counters of them all."""
+        leader = self._children["shard 0"]
+        if leader.starting is not None or leader.worker is None:
+            return
+        if is_new:
+            leader.worker.set_limit.remote(self._config)  # the settings may have changed meanwhile
+        if self._lost:
+            leader.worker.lost.remote(self._lost)
+        self._lost = 0
 
     def _lead(self) -> None:
         """Tell shards that lease from the limiter of shard 0 where that is, if it has moved since they were told."""
@@ -189,8 +208,7 @@ class Shards:
         if answer["recovered"]:
             return f"{lost}; a new one serves all its {kept} steps"
         if child.index != 0:
-            # Not waited for: where shard 0 is dead as well, its successor's limiter is set from the shards' counters.
-            self._children["shard 0"].worker.lost.remote(had - kept)
+            self._lost += had - kept
         cause = f"its storage is damaged ({answer['damage']})" if answer["damage"] else "its storage is gone"
         source = ", from the last checkpoint" if before["checkpoint"] else ""
         return f"{lost}; {cause}; a new one serves {kept} of its {had} steps{source}"
@@ -240,8 +258,13 @@ class Shards:
         there = {child.index: child for child in self._children.of("shard")}
         for index in range(count):
             if index not in there:
-                self._ask_start(self._spawn(index), None)
+                child = self._spawn(index)
+                child.is_added = True
+                self._ask_start(child, None)
         for index, child in there.items():
+            if index >= count and not child.address:  # it has never served, and holds nothing
+                self._drop(child)
+                continue
             # One at a time: who takes in rows of another must stay until it has them all.
             if index >= count and child.leaving is None and not self.is_handing_over:
                 child.leaving, child.leaving_since = "draining", time.monotonic()
@@ -250,14 +273,25 @@ class Shards:
             elif index < count and child.leaving == "draining":  # wanted again
                 child.leaving = None
                 self._changed()
-        for child in list(self._children.of("shard")):
+        for child in self._children.of("shard"):
             self._follow(child)
+        if (away := self._away()) != self._told_away:
+            self._told_away = away
+            self._changed()
+
+    def _away(self) -> set[str]:
+        """Shards that have been away for so long that their lanes are better off elsewhere, as long as there is an elsewhere."""
+        shards = [child for child in self._children.of("shard") if child.address and child.leaving is None]
+        now = time.monotonic()
+        away = {c.name for c in shards if c.starting is not None and now - c.starting_since > MOVE_S}
+        return away if len(away) < len(shards) else set()
 
     def _follow(self, child: Child) -> None:
         """Take a shard that leaves on to its next phase, once it is there."""
         if child.leaving is None or child.starting is not None or child.worker is None:
             return
-        if child.leaving == "draining" and self.is_handing_over:
+        is_starting = any(other.starting is not None and other.address for other in self._children.of("shard"))
+        if child.leaving == "draining" and (self.is_handing_over or is_starting):
             return
         if child.leaving == "draining":
             waited = time.monotonic() - child.leaving_since
@@ -265,7 +299,7 @@ class Shards:
                 child.leaving = "handing over"
                 self._changed()
         elif child.left is None:
-            if all(other.starting is None for other in self._children.of("shard")):
+            if not is_starting:
                 self._hand_over(child)
         elif ray.wait([child.left], timeout=0.0)[0]:
             self._remove(child)
@@ -287,24 +321,33 @@ class Shards:
         self._head.forget(child.name)
         for key in COUNTERS[:2]:
             self._gone[key] += int(status[key])
-        with suppress(ray.exceptions.RayError, TimeoutError):  # its storage would stay
-            ray.get(child.worker.close.remote(), timeout=CLOSE_S)
-        self._children.remove(child.name)
-        self._leaders.pop(child.name)
         self.has_changed = True
-        self._placement.remove_shard(child.index)
+        self._drop(child)
         text = f"{child.name} has left; {told['steps']} steps are with the other shards now"
         if told["left_out"]:
             text += f", and their oldest {told['left_out']} had no room, for the replay is smaller now"
         self._tell("scale", text)
         self._changed()
 
+    def _drop(self, child: Child) -> None:
+        """End a shard of which nothing is needed any more."""
+        self._children.let_go(child.name)
+        self._leaders.pop(child.name, None)
+        self._keep()  # a head that dies from here on leaves one that nobody knows, and that the next head ends
+        if child.worker is not None:
+            if child.address:
+                with suppress(ray.exceptions.RayError, TimeoutError):  # its storage would stay
+                    ray.get(child.worker.close.remote(), timeout=CLOSE_S)
+            child.end()
+        self._placement.remove_shard(child.index)
+
     # ------------------------------------------------------------------ state
 
     def state(self) -> dict[str, Any]:
         """What a new head needs, as JSON."""
-        return {"gone": self._gone, "leaders": self._leaders}
+        return {"gone": self._gone, "leaders": self._leaders, "has_changed": self.has_changed}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` has returned."""
         self._gone, self._leaders = dict(state["gone"]), dict(state["leaders"])
+        self.has_changed = state["has_changed"]

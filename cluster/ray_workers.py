@@ -26,7 +26,7 @@ from cluster.warned import Warned
 from configs.schema import RunConfig
 from replay.routed_writer import RoutedWriter
 from replay.schema import StepSchema
-from replay.security import Security, flight_client
+from replay.security import ListenError, Security, flight_client
 
 if TYPE_CHECKING:
     from actors.task_env import TaskEnv
@@ -100,7 +100,17 @@ class ShardWorker(RunProcess):
     def _serve(self, prepare: Callable[[Shard], None], recover: bool) -> ShardServer:
         from replay.server import ShardServer
 
-        return ShardServer(self._spec, self._security, recover=recover, afresh_if_damaged=recover, prepare=prepare)
+        make = partial(
+            ShardServer, security=self._security, recover=recover, afresh_if_damaged=recover, prepare=prepare
+        )
+        try:
+            return make(self._spec)
+        except ListenError:
+            if self._spec.port == 0:
+                raise
+            # That of the shard before it has gone to another program: whoever reads and writes is told of the new one.
+            self._spec = replace(self._spec, port=0)
+            return make(self._spec)
 
     def _prepare(
         self, shard: Shard, *, checkpoint: str | None, alone: bool, others: Sequence[dict[str, Any]] | None
@@ -136,7 +146,7 @@ class ShardWorker(RunProcess):
         self._server.follow(limiter_address)
 
     def set_limit(self, config: RunConfig) -> None:
-        """Keep the pace of these settings from now on; on shard 0."""
+        """Keep the pace of these settings from now on."""
         assert self._server is not None
         parts.set_limit(self._server.shard, config)
 

@@ -236,6 +236,11 @@ class LeasedLimiter:
         self._lock = threading.Lock()
         self._asking: dict[Side, threading.Lock] = {"insert": threading.Lock(), "sample": threading.Lock()}
 
+    def lease_in(self, *, insert_block: int, sample_block: int) -> None:
+        """Lease so many items at once from now on."""
+        with self._lock:
+            self._block = {"insert": insert_block, "sample": sample_block}
+
     def _take(self, side: Side, least: int, most: int) -> int:
         with self._lock:
             self._asked[side] = time.monotonic()

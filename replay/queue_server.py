@@ -18,7 +18,7 @@ from .queue_service import QueueService, queue_message
 from .queue_spec import QueueSpec
 from .queues import Queue
 from .schema import SchemaError
-from .security import Security, flight_location, flight_server_options
+from .security import ListenError, Security, flight_location, flight_server_options
 
 _GRACE_S = 1.0
 
@@ -67,7 +67,7 @@ class QueueServer(flight.FlightServerBase):  # type: ignore[misc]
             try:
                 super().__init__(flight_location(host, port, security), **flight_server_options(security))
             except pa.ArrowException as error:
-                raise OSError(f"cannot listen on {host}:{port} ({error}); set replay.host") from error
+                raise ListenError(f"cannot listen on {host}:{port} ({error}); set replay.host") from error
             self.address = flight_location(host, self.port, security)
             self._health = Health(host, security)
         except BaseException:

@@ -45,6 +45,11 @@ class Source(Protocol):
         """Why the shard will never be read, if that is so."""
         ...
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the shard was away for so long that it is looked for no more."""
+        ...
+
     def keys(self, count: int, timeout_s: float) -> np.ndarray:
         """Keys of the next windows, up to `count`, in the order in which `take` gives them; none come within `timeout_s`: ()."""
         ...
@@ -66,6 +71,7 @@ class CallSource:
     """Windows of a shard in this process."""
 
     refused: Exception | None = None
+    has_ended = False
 
     def __init__(self, shard: Shard, *, window: Window, table: str = "steps") -> None:
         self._shard = shard
@@ -171,10 +177,14 @@ class Sampler:
     def _follow(self) -> bool:
         """Take over the routes wanted. Returns whether a batch that was begun can be gone on with."""
         wanted, self._wanted = self._wanted, None
-        if wanted is None or wanted == self._routes:
+        if wanted is None:
             return True
         assert self._make is not None
-        kept = {n: s for n, s in self._sources.items() if wanted.get(n) == self._routes.get(n)}
+        # One that has given its shard up is made anew: the shard may be back where it was.
+        same = {n: s for n, s in self._sources.items() if wanted.get(n) == self._routes.get(n)}
+        kept = {n: s for n, s in same.items() if not s.has_ended}
+        if wanted == self._routes and len(kept) == len(self._sources):
+            return True
         gone = [source for number, source in self._sources.items() if number not in kept]
         made = {n: self._make(n, address, len(wanted)) for n, address in wanted.items() if n not in kept}
         self._sources, self._routes = dict(sorted((kept | made).items())), wanted

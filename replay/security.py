@@ -100,6 +100,10 @@ def new_token() -> str:
     return secrets.token_urlsafe(32)
 
 
+class ListenError(OSError):
+    """A service cannot listen on its address, which another one may have."""
+
+
 def check_host(host: str, security: Security, *, setting: str = "replay.host") -> str | None:
     """A warning where a service on `host` sends its token over a network in clear text; else None."""
     if security.certificate is not None or host == "localhost":

@@ -52,6 +52,7 @@ from .receiving import receive
 from .schema import SchemaError, Window
 from .security import (
     Between,
+    ListenError,
     Security,
     check_batch,
     check_object,
@@ -207,7 +208,7 @@ class ShardServer(flight.FlightServerBase):  # type: ignore[misc]
             options = flight_server_options(security, check=GuestGate(security, self._guests.admit))
             super().__init__(flight_location(spec.host, spec.port, security), **options)
         except pa.ArrowException as error:
-            raise OSError(f"cannot listen on {spec.host}:{spec.port} ({error}); set replay.host") from error
+            raise ListenError(f"cannot listen on {spec.host}:{spec.port} ({error}); set replay.host") from error
         self.address = flight_location(spec.host, self.port, security)
         self._health = Health(spec.host, security)
         self.health_address = self._health.address

@@ -121,6 +121,7 @@ class StreamSource:
         self.mass = math.nan
         self.items = 0
         self.refused: Exception | None = None  # why the shard will never be read
+        self.has_ended = False  # it was away for so long that it is looked for no more
         self.transport: str | None = None  # local or flight, once connected
         self._address = address
         self._security = security
@@ -194,6 +195,7 @@ class StreamSource:
             if stream is not None:
                 stream.close()
             if self.refused is not None or time.monotonic() - lost_since > self._retry_s:
+                self.has_ended = True
                 self._received.put(error)
                 return
             self._closing.wait(0.2)

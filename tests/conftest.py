@@ -37,6 +37,7 @@ WHOLE_RUNS = (
     "test_ray_llm",
     "test_ray_head_restart",
     "test_ray_elastic",
+    "test_replay_elastic_faults",
     "test_ray_relay",
     "test_ray_placement",
     "test_ray_submit",

@@ -19,8 +19,8 @@ from cluster.curriculum.desk import Desk, families_of
 from cluster.curriculum.desk_client import DeskClient
 from cluster.curriculum.drawing import make_drawing
 from cluster.curriculum.tracker import Tracker
-from cluster.ray_desk import Answer, HeadDesk
-from cluster.ray_relay import Relays, Request, Upstream, exchange_each
+from cluster.ray_desk import Answer, HeadDesk, answers
+from cluster.ray_relay import Relays, Request, Upstream
 from cluster.ray_threads import Thread
 from cluster.ray_weights import PublishedWeights
 from configs.curriculum import EpisodeCurriculumSettings
@@ -84,7 +84,7 @@ class SmallHead:
 
     def exchange_many(self, requests: Sequence[Request]) -> list[Answer | Exception | None]:
         self._calls["exchange_many"] += 1
-        return exchange_each(self.exchange, requests)
+        return answers(self.exchange, requests)
 
     def told(self) -> dict[str, Any]:
         """Calls so far, and what the desk knows."""

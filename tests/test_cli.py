@@ -183,7 +183,23 @@ def test_settings_under_which_all_would_wait_for_ever_are_refused_before_anythin
     assert not Path("nowhere").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "report", "export", "replay", "clean", "bench"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train",
+        "eval",
+        "report",
+        "export",
+        "replay",
+        "clean",
+        "bench",
+        "status",
+        "scale",
+        "checkpoint",
+        "stop",
+        "logs",
+    ],
+)
 def test_every_command_explains_itself(command: str, call: Call) -> None:
     code, out, err = call(command, "--help")
     assert (code, err) == (0, "")

@@ -92,7 +92,7 @@ def test_the_wheel_holds_the_packages_and_their_data_and_no_tests(tmp_path: Path
     expected = {
         path.relative_to(ROOT).as_posix()
         for package in packages
-        for pattern in ("*.py", "*.yaml", "*.proto")
+        for pattern in ("*.py", "*.yaml", "*.proto", "grafana.json")
         for path in (ROOT / package).glob(pattern)
     }
     assert {name for name in names if ".dist-info/" not in name} == expected
