@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.control_messages import SERVICE, message
 from cluster.outside import Joined, Policy
+from replay.guests import join_token
 from replay.security import GRPC_OPTIONS, Security, TokenInterceptor, flight_location, grpc_listen
 
 THREADS = 24
@@ -31,6 +32,8 @@ MOST_LINES = 10_000  # of a log, in one answer
 MOST_FIGURES = 1000  # processes of a run whose figures are told: one answer holds 4 MiB
 PIECE = 2**20  # bytes of a policy in one message
 REASON = 200  # characters
+# What the token of actors outside Ray allows. Health's Watch is not among it: each stream of it takes a place without end.
+OUTSIDE = (*(f"/{SERVICE.full_name}/{name}" for name in ("Join", "Policy", "Leave")), f"/{health.SERVICE_NAME}/Check")
 _REQUEST_S = 10.0  # for a client to send its request
 _SEND_S = 30.0  # for a client to take one message
 _WATCH_S = 0.5
@@ -148,14 +151,15 @@ class Controlled(Protocol):
 
 
 class ControlServer:
-    """Serves the control plane of a run, gRPC's health and its reflection, to callers that show the run's token."""
+    """Serves the control plane of a run, gRPC's health and its reflection, to callers that show the run's token; the calls `OUTSIDE`
+    also to those that show the token of actors outside Ray."""
 
     def __init__(self, controlled: Controlled, host: str, port: int, security: Security) -> None:
         """Args:
             controlled: what is served; what it raises is told to the callers.
             host: address to listen on.
             port: 0 takes a free one.
-            security: the run's token, and its certificate where it has one.
+            security: the run's token, from which the other follows, and its certificate where it has one.
 
         Raises:
             ValueError: the TLS files cannot be used.
@@ -166,7 +170,7 @@ class ControlServer:
         self._calls = _Calls(controlled, self._closing)
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="control"),
-            interceptors=[TokenInterceptor(security)],
+            interceptors=[TokenInterceptor(security, lesser={join_token(security): OUTSIDE})],
             # Else a second run could take the port of the first and get half of its calls; and a client whose machine is gone
             # would never be missed.
             options=(

@@ -124,7 +124,11 @@ class ControlClient:
                 return ControlError(
                     f"{self.address} is no control plane of this version of Millrace: {error.details()}"
                 )
-            case grpc.StatusCode.FAILED_PRECONDITION | grpc.StatusCode.RESOURCE_EXHAUSTED:
+            case (
+                grpc.StatusCode.FAILED_PRECONDITION
+                | grpc.StatusCode.RESOURCE_EXHAUSTED
+                | grpc.StatusCode.PERMISSION_DENIED
+            ):
                 return ControlError(error.details())
             case code:
                 return ControlError(f"{error.details()} ({code.name})")

@@ -23,6 +23,7 @@ from cluster.events import event_line
 from cluster.files import read_json, write_atomically, write_json
 from configs.llm import LlmConfig
 from configs.schema import RunConfig
+from replay.guests import join_token
 from replay.security import Security, new_token
 
 PACKAGES = (
@@ -30,6 +31,7 @@ PACKAGES = (
     *("transformers", "peft"),
 )
 TOKEN = "token"
+OUTSIDE_TOKEN = "outside_token"  # what actors outside Ray show, where the run takes any
 CONTROL = "control.json"  # while the run is going: {"address": "host:port"} of its control plane
 ADDRESSES = "replay.json"  # while the run is going: {"addresses": […]} of its shards
 
@@ -38,7 +40,7 @@ Config = TypeVar("Config", bound=AnyConfig)
 
 
 class RunFolder(Generic[Config]):
-    """`<config.root>/<config.name>/`: config.yaml, run.json, token, events.jsonl, and the folders other parts write below it."""
+    """`<config.root>/<config.name>/`: config.yaml, run.json, token, outside_token, events.jsonl, and folders of other parts."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
@@ -46,7 +48,7 @@ class RunFolder(Generic[Config]):
 
     @classmethod
     def create(cls, config: Config, command: Sequence[str]) -> RunFolder[Config]:
-        """Make the folder, with config.yaml, run.json and token in it; the returned config carries the run's name.
+        """Make the folder, with config.yaml, run.json and the tokens in it; the returned config carries the run's name.
 
         Raises:
             FileExistsError: a run of that name is there already; it is left as it is.
@@ -121,17 +123,16 @@ class RunFolder(Generic[Config]):
     def security(self) -> Security:
         """What the run's services ask of their callers. The token lies in a file of its own, which nobody else may read.
 
+        So does that of actors outside Ray, which follows from it, beside it.
+
         Raises:
             ValueError: the file holds no token.
         """
         path = self.path / TOKEN
-        with suppress(FileExistsError):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w", encoding="ascii") as file:
-                file.write(new_token() + "\n")
+        _write_secret(path, new_token())
         replay = self.config.replay
         try:
-            return Security(
+            security = Security(
                 path.read_text(encoding="ascii").strip(),
                 certificate=replay.tls_certificate,
                 key=replay.tls_key,
@@ -139,6 +140,18 @@ class RunFolder(Generic[Config]):
             )
         except ValueError as error:
             raise ValueError(f"{path} cannot be used ({error}); remove it, and a new one is made") from None
+        self._renew_outside_token(security)
+        return security
+
+    def _renew_outside_token(self, security: Security) -> None:
+        """Another one than that of the run's token and settings is of an earlier token, or of a write that was cut short."""
+        path, wanted = self.path / OUTSIDE_TOKEN, join_token(security)
+        is_wanted = isinstance(self.config, RunConfig) and self.config.outside.most > 0
+        if is_wanted and path.is_file() and path.read_text(encoding="ascii", errors="replace").strip() == wanted:
+            return
+        path.unlink(missing_ok=True)
+        if is_wanted:
+            _write_secret(path, wanted)
 
     @property
     def checkpoints(self) -> Path:
@@ -169,6 +182,14 @@ class RunFolder(Generic[Config]):
             os.write(descriptor, line)
         finally:
             os.close(descriptor)
+
+
+def _write_secret(path: Path, text: str) -> None:
+    """Make a file that nobody else may read; one that is there is left as it is."""
+    with suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(text + "\n")
 
 
 def _default_names(config: AnyConfig) -> list[str]:

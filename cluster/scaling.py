@@ -46,6 +46,9 @@ def _with(config: Config, changes: dict[str, dict[str, int | None]]) -> Config:
     try:
         return type(config).model_validate(values)
     except ValidationError as error:
-        found = [(".".join(map(str, each["loc"])), each["msg"], each["input"]) for each in error.errors()]
+        found = [
+            (".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, "), each["input"])
+            for each in error.errors()
+        ]
         lines = [f"{path}: {text}, received {value}" if path else text for path, text, value in found]
         raise ConfigError("\n".join(lines)) from None

@@ -1,8 +1,8 @@
 """Writers outside the run: what one shows, what it may write and how fast, and how its rows are checked.
 
-A *guest* is a program that a run does not control: an actor outside Ray. It holds no token of the run but one of its own,
-derived from the run's and its name, with which a shard lets it write as that name and do nothing else. Whatever it sends
-must hurt nobody: `replay.guest_service` receives it, by the rules of this module.
+A *guest* is a program that a run does not control: an actor outside Ray. It holds no token of the run but one that lets it
+join, and then one of its own, with which a shard lets it write as its name and do nothing else; both are derived from the
+run's. Whatever it sends must hurt nobody: `replay.guest_service` receives it, by the rules of this module.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .security import Security
 PREFIX = "outside-"  # of the names of guests, and of no other writer
 _NAME = re.compile(re.escape(PREFIX) + r"[A-Za-z0-9._-]{1,100}")
 _PURPOSE = b"millrace guest\0"  # a token of the run signs nothing else like it
+_JOIN_PURPOSE = b"millrace join\0"
 _BURST_S = 1.0  # what a guest left unused of its rate for this long, it may use at once
 
 
@@ -84,9 +85,7 @@ def guest_token(run: Security | str, writer: str) -> str:
         ValueError: the name is none of a guest: `outside-` and 1 to 100 letters, digits, dots, hyphens, underscores.
     """
     check_name(writer)
-    secret = run.token if isinstance(run, Security) else run
-    seal = hmac.new(secret.encode(), _PURPOSE + writer.encode(), hashlib.sha256).digest()
-    return f"{writer}:{base64.urlsafe_b64encode(seal).rstrip(b'=').decode()}"
+    return f"{writer}:{_seal(run, _PURPOSE + writer.encode())}"
 
 
 def guest_named(run: Security | str, token: str) -> str | None:
@@ -95,6 +94,21 @@ def guest_named(run: Security | str, token: str) -> str | None:
     if not token.isascii() or _NAME.fullmatch(writer) is None:
         return None
     return writer if hmac.compare_digest(token, guest_token(run, writer)) else None
+
+
+def join_token(run: Security | str) -> str:
+    """The token that lets its holder join the run as an actor outside Ray, fetch policies and leave, and do nothing else.
+
+    It follows from the run's token (or security), which it does not tell. No shard takes it: one answers a join with the
+    token to write with.
+    """
+    return f"join:{_seal(run, _JOIN_PURPOSE)}"
+
+
+def _seal(run: Security | str, signed: bytes) -> str:
+    secret = run.token if isinstance(run, Security) else run
+    seal = hmac.new(secret.encode(), signed, hashlib.sha256).digest()
+    return base64.urlsafe_b64encode(seal).rstrip(b"=").decode()
 
 
 # -------------------------------------------------------------------------------------------------------------- rows

@@ -14,7 +14,7 @@ import math
 import secrets
 import socket
 import ssl
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,13 +132,18 @@ def _host_port(address: str) -> str:
     return address.rpartition("://")[2]
 
 
+def _shows(given: Sequence[str | bytes], token: str) -> bool:
+    """Whether these `authorization` headers hold the token."""
+    if len(given) != 1:
+        return False
+    got = given[0] if isinstance(given[0], bytes) else given[0].encode()
+    return hmac.compare_digest(got, f"Bearer {token}".encode())
+
+
 def unauthenticated(given: Sequence[str | bytes], security: Security) -> str | None:
     """Why a call with these `authorization` headers is refused; None: it is not."""
-    wanted = f"Bearer {security.token}".encode()
-    if len(given) == 1:
-        got = given[0] if isinstance(given[0], bytes) else given[0].encode()
-        if hmac.compare_digest(got, wanted):
-            return None
+    if _shows(given, security.token):
+        return None
     received = "none" if not given else "another one" if len(given) == 1 else f"{len(given)} headers"
     return (
         f"expected the token of this run as `{HEADER}: Bearer <token>`, received {received}; the token is in the file "
@@ -225,21 +230,36 @@ def flight_client(
 class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
     """Refuses every gRPC call without the token, those of the health service and of unknown methods included."""
 
-    def __init__(self, security: Security) -> None:
+    def __init__(self, security: Security, *, lesser: Mapping[str, Collection[str]] | None = None) -> None:
+        """lesser: tokens that allow a few methods alone, and which: `/package.Service/Method`."""
         self._security = security
+        self._lesser = dict(lesser or {})
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         given = [value for key, value in handler_call_details.invocation_metadata if key == HEADER]
-        why = unauthenticated(given, self._security)
+        code, why = grpc.StatusCode.UNAUTHENTICATED, unauthenticated(given, self._security)
+        method = handler_call_details.method
+        for token, methods in self._lesser.items():
+            if why is not None and _shows(given, token):
+                code = grpc.StatusCode.PERMISSION_DENIED
+                why = None if method in methods else _forbidden(method, methods)
         if why is None:
             return continuation(handler_call_details)
 
         def refuse(request: Any, context: Any) -> Iterator[bytes]:
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
+            context.abort(code, why)
             yield b""  # never reached; makes this the generator that a handler of streams is
 
         # For calls of every kind: a handler of streams answers before it has read anything.
         return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _forbidden(method: str, allowed: Collection[str]) -> str:
+    names = ", ".join(name.rpartition("/")[2] for name in sorted(allowed))
+    return (
+        f"expected the token of this run for {_cut(method)}, received one that allows {names} and nothing else; the run's is in "
+        "the file `token` in its folder"
+    )
 
 
 class _CallDetails(NamedTuple):

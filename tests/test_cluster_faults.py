@@ -144,6 +144,7 @@ def test_nodes_are_machines_of_their_own_and_what_they_send_is_dropped_while_the
         assert not reaches(one)
 
 
+@pytest.mark.slow
 def test_a_node_is_lost_and_its_actors_and_its_shard_come_back_on_others(tmp_path: Path) -> None:
     run = tmp_path / "runs" / NAME
     with cluster(tmp_path, health=QUICK) as nodes:

@@ -31,10 +31,10 @@ def millrace(run: Path, *words: str) -> Any:
     return json.loads(out)
 
 
-def scale(run: Path, count: int) -> None:
+def scale(run: Path, actors: int, shards: int) -> None:
     """Want so many actors and shards."""
-    answer = millrace(run, "scale", "--actors", str(count), "--shards", str(count))
-    assert (answer["actors"], answer["shards"]) == (count, count)
+    answer = millrace(run, "scale", "--actors", str(actors), "--shards", str(shards))
+    assert (answer["actors"], answer["shards"]) == (actors, shards)
 
 
 def alive(run: Path, kind: str) -> set[int]:
@@ -52,19 +52,26 @@ def packed(checkpoint: Path) -> Counter[tuple[Any, ...]]:
     return found
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_a_run_grows_and_shrinks_and_keeps_every_step_once(
     ray_cluster: RayCluster, start: Started, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "a"
     process = start(
         "pendulum_sac", *runs.SMALL, *TWO_OF_EACH, *GENTLE, "--name", "a", "--stop.steps", "1000000", "--actors.cpus", "0.2",
-        "--learners.updates_per_step", "0.25", "--replay.capacity", "65536", "--report_every_s", "0.5", "--replay.cpus", "0.01",
+        "--learners.updates_per_step", "0.25", "--replay.capacity", "65536", "--report_every_s", "0.5", "--replay.cpus", "2",
         cluster=ray_cluster,
     )  # fmt: skip
-    runs.wait_for(lambda: "learner" in runs.pids(run), process)
+    runs.wait_for(lambda: "learner" in runs.pids(run), process, timeout_s=120.0)
 
-    scale(run, 3)
+    # For the fourth shard there is no room: it is waited for, and holds up nothing.
+    scale(run, 3, 4)
+    runs.wait_for(lambda: alive(run, "shard") == {0, 1, 2}, process)
+    waiting = millrace(run, "status")
+    assert [p["state"] for p in waiting["processes"] if p["name"] == "shard 3"] == ["starting"]
+    assert any("2 CPUs wait for a node" in text for text in waiting["waiting"]), waiting["waiting"]
+    assert millrace(run, "checkpoint")["step"] > 0
+    scale(run, 3, 3)
     runs.wait_for(lambda: alive(run, "actor") == {0, 1, 2} and alive(run, "shard") == {0, 1, 2}, process)
 
     # Lanes move to the new shard with their next episodes, whole, and learners draw from it.
@@ -75,7 +82,7 @@ def test_a_run_grows_and_shrinks_and_keeps_every_step_once(
 
     runs.wait_for(written, process)
 
-    scale(run, 1)
+    scale(run, 1, 1)
     runs.wait_for(
         lambda: [p["name"] for p in millrace(run, "status")["processes"] if p["kind"] in ("actor", "shard")]
         == ["shard 0", "actor 0"],

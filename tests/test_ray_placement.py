@@ -257,6 +257,7 @@ def test_a_group_without_room_is_told_of_and_holds_nobody_up(cluster: Cluster, p
     assert ray.wait([shard.node.remote()], timeout=0.5)[0] == []
 
 
+@pytest.mark.slow
 def test_a_shard_whose_node_is_lost_starts_on_another(cluster: Cluster, placed: list[Any]) -> None:
     lost = cluster.add_node(num_cpus=1, resources={"spot": 1}, object_store_memory=STORE_BYTES)
     wait_until(lambda: len([node for node in ray.nodes() if node["Alive"]]) == 3)
@@ -270,6 +271,7 @@ def test_a_shard_whose_node_is_lost_starts_on_another(cluster: Cluster, placed: 
     assert found in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
+@pytest.mark.slow
 def test_resources_are_waited_for_as_long_as_told(cluster: Cluster) -> None:
     wanted = [Need("actor", 2, {"CPU": 1.0, "spot": 1.0})]
     told: list[str] = []

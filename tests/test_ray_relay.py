@@ -199,6 +199,7 @@ def test_a_new_head_finds_the_relays_that_lived_on(run: Run) -> None:
     assert relay_processes() == relays
 
 
+@pytest.mark.slow
 def test_the_head_does_without_a_relay_that_hangs(run: Run) -> None:
     served = run.served()
     hung = until(relay_processes)

@@ -462,6 +462,24 @@ def test_priorities_go_by_the_number_of_the_shard(memory: Path) -> None:
             assert made.table(0)["evicted_updates"] == 0
 
 
+def test_a_shard_that_comes_back_where_it_was_is_read_again(memory: Path) -> None:
+    """Also where it was away for so long that nobody looked for it any more: by the same routes."""
+    with service(spec_of(memory), 2) as made:
+        fill(made, 0, range(2), 60)
+        fill(made, 1, range(2, 4), 60)
+        with closing(sampler_of(made, [0, 1])) as sampler:
+            before = dict(sampler._sources)
+            sampler.route(made.routes)
+            assert set(sampler.sample(10.0).shard.tolist()) == {0, 1}
+            assert sampler._sources == before
+            before[1].close()  # as after so long a time: it sends nothing, and weighs nothing
+            before[1].has_ended = True  # type: ignore[misc]
+            sampler.route(made.routes)
+            sampler.sample(10.0)
+            assert sampler._sources[0] is before[0]
+            wait_until(lambda: 1 in sampler.sample(10.0).shard.tolist())
+
+
 def test_a_sampler_without_addresses_cannot_be_routed(memory: Path) -> None:
     with service(spec_of(memory)) as made:
         source = CallSource(made.shards[0].shard, window=Window())

@@ -759,3 +759,28 @@ def test_a_long_wait_is_logged_with_what_it_waits_for(caplog: pytest.LogCaptureF
         wait_until(lambda: len(log_waits(clock, limiter, table="steps", every_s=0.2)) == 1)
     assert caplog.records[0].getMessage() == line
     assert len(caplog.records) == 2
+
+
+def test_limits_and_blocks_of_a_limiter_that_is_used_change() -> None:
+    leader = RateLimiter(RateLimit.from_samples_per_insert(1.0, min_size=1, error_buffer=8))
+    asked: list[int] = []
+
+    def lease(side: Side, least: int, most: int, deleted: int, timeout_s: float) -> tuple[int, str]:
+        asked.append(most)
+        return leader.lease(side, least, most, deleted, timeout_s, who=1)
+
+    shard = LeasedLimiter(lease, leader.take_back, insert_block=4, sample_block=4)
+    assert shard.acquire("insert", 1, 1, timeout_s=0.0) == 1
+    shard.lease_in(insert_block=6, sample_block=4)
+    for _ in range(4):
+        assert shard.acquire("insert", 1, 1, timeout_s=0.0) == 1
+    assert asked == [4, 6]
+    # A wider bound lets in at once who waits at the one before.
+    granted: list[int] = []
+    waiting = threading.Thread(target=lambda: granted.append(leader.acquire("insert", 20, 20, timeout_s=20.0)))
+    waiting.start()
+    time.sleep(0.1)
+    assert granted == []
+    leader.change(RateLimit.from_samples_per_insert(1.0, min_size=1, error_buffer=80))
+    waiting.join(5.0)
+    assert granted == [20]

@@ -3,7 +3,7 @@
 //
 //   package.json: {"type": "module", "dependencies": {"@grpc/grpc-js": "^1.14", "@grpc/proto-loader": "^0.8",
 //                  "apache-arrow": "^21.2", "onnxruntime-node": "^1.30"}}
-//   npm install && node outside_actor.mjs HOST:PORT TOKEN_FILE [PATH/TO/control.proto]
+//   npm install && node outside_actor.mjs HOST:PORT PATH/TO/outside_token [PATH/TO/control.proto]
 
 import { readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -46,16 +46,16 @@ class Pendulum {
 const bearer = (token) => grpc.Metadata.fromHttp2Headers({ authorization: `Bearer ${token}` });
 const { millrace } = grpc.loadPackageDefinition(loader.loadSync(proto, { keepCase: true, longs: Number }));
 const control = new millrace.Control(address, grpc.credentials.createInsecure());
-const runToken = bearer(readFileSync(tokenFile, "utf8").trim());
+const joinToken = bearer(readFileSync(tokenFile, "utf8").trim());
 const call = (method, request) =>
-  new Promise((done, fail) => control[method](request, runToken, (error, reply) => (error ? fail(error) : done(reply))));
+  new Promise((done, fail) => control[method](request, joinToken, (error, reply) => (error ? fail(error) : done(reply))));
 
 let policy = null; // { version, inputs, session }
 async function fetchPolicies() {
   for (;; await sleep(2000)) {
     try {
       const parts = [];
-      for await (const part of control.Policy({ name: NAME, have: policy?.version ?? -1 }, runToken)) parts.push(part);
+      for await (const part of control.Policy({ name: NAME, have: policy?.version ?? -1 }, joinToken)) parts.push(part);
       if (!parts.length) continue;
       const { version, inputs } = parts[0].header;
       const graph = Buffer.concat(parts.slice(1).map((part) => part.onnx ?? Buffer.alloc(0)));

@@ -1,11 +1,11 @@
 """An actor outside Ray: a program of its own that joins a Millrace run, acts by its policy and writes experience to it.
 
     pip install grpcio grpcio-tools numpy onnxruntime pyarrow
-    python outside_actor.py --address HOST:PORT --token FILE        # of a run of Pendulum-v1
+    python outside_actor.py --address HOST:PORT --token outside_token        # of a run of Pendulum-v1
 
 It imports nothing of Millrace, neither Ray nor torch; beside it only the file control.proto is needed. Copy it, and put your
 own environment, robot or simulator in the place of `Pendulum`. The address is in the file `control.json` of the run's folder,
-the token in the file `token`. What the calls mean is told in control.proto, and the rules of rows in the reply to Join.
+the token in the file `outside_token`, which allows the calls of outside actors and nothing else. What the calls mean is told in control.proto, and the rules of rows in the reply to Join.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def check(joined: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--address", required=True, help="host:port of the run's control plane")
-    parser.add_argument("--token", type=Path, required=True, help="file with the run's token")
+    parser.add_argument("--token", type=Path, required=True, help="the file outside_token of the run's folder, or a copy")
     parser.add_argument("--name", default="pendulum", help="of this program; another one for each")
     parser.add_argument("--lanes", type=int, default=8, help="environments")
     parser.add_argument("--certificate", type=Path, help="PEM file to trust, where the run has TLS")
