@@ -11,7 +11,7 @@ from cluster.files import without_nonfinite
 
 LEVELS = {"warning": "warning", "error": "error"}  # of the kinds of event that are more than news
 # At the beginning of a text: "actor 3 died; …", "learner: …".
-_ABOUT = re.compile(r"(actor|shard|learner|evaluator|exporter|relay|outside) ?([\w.-]*\d[\w.-]*)?\b")
+_ABOUT = re.compile(r"(outside) ([\w.-]+)|(actor|shard|learner|evaluator|exporter|relay) ?([\w.-]*\d[\w.-]*)?\b")
 
 
 def event_line(kind: str, text: str, *, time_s: float | None) -> bytes:
@@ -20,7 +20,7 @@ def event_line(kind: str, text: str, *, time_s: float | None) -> bytes:
     role, id: of the process that the text begins with, such as "actor" and "3"; else of the head, who tells it.
     """
     about = _ABOUT.match(text)
-    role, number = ("head", "") if about is None else (about[1], about[2] or "")
+    role, number = ("head", "") if about is None else (about[1] or about[3], about[2] or about[4] or "")
     level = LEVELS.get(kind, "info")
     event = {
         "time_s": time_s,

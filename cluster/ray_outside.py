@@ -46,14 +46,13 @@ class RayOutside:
         self._policy: Policy | None = None
         self._exporting: Any = None  # answer of the export that is under way
         self._next_export = 0.0  # monotonic
+        self._here = {one["name"] for one in actors.processes()}  # at the last tick
 
     # ------------------------------------------------------------------- calls
 
     def join(self, name: str, lanes: int, writer: str) -> Joined:
         """As `OutsideActors.join`."""
-        joined = self._actors.join(name, lanes, self._routes(), writer=writer)
-        self._tell("outside", f"outside {name} has joined with {lanes} lanes, as writer {joined.writer}")
-        return joined
+        return self._actors.join(name, lanes, self._routes(), writer=writer)
 
     def policy(self, name: str, have: int) -> Policy | None:
         """The newest exported policy; None where that is the version `have`, or there is none yet."""
@@ -82,9 +81,19 @@ class RayOutside:
             for writer, guest in shard.status.get("guests", {}).items():
                 if guest["quarantined"]:
                     self._shut_out(writer, guest["last_refusal"])
+        self._tell_changes()
         stats = self._actors.stats()
         self._export(stats["outside"] > 0)
         return {f"actors/{name}": float(count) for name, count in stats.items()}
+
+    def _tell_changes(self) -> None:
+        """Who has come and gone since the last tick: not each call, so that one that joins again and again fills no disk."""
+        here = {one["name"]: one["figures"]["lanes"] for one in self._actors.processes()}
+        for name in sorted(here.keys() - self._here):
+            self._tell("outside", f"{name} has joined with {here[name]:.0f} lanes")
+        for name in sorted(self._here - here.keys()):
+            self._tell("outside", f"{name} has gone")
+        self._here = set(here)
 
     def _shut_out(self, writer: str, why: str) -> None:
         before = self._actors.stats()["outside_shut_out"]

@@ -147,8 +147,9 @@ class RunFolder(Generic[Config]):
         """Another one than that of the run's token and settings is of an earlier token, or of a write that was cut short."""
         path, wanted = self.path / OUTSIDE_TOKEN, join_token(security)
         is_wanted = isinstance(self.config, RunConfig) and self.config.outside.most > 0
-        if is_wanted and path.is_file() and path.read_text(encoding="ascii", errors="replace").strip() == wanted:
-            return
+        with suppress(FileNotFoundError):
+            if is_wanted and path.read_text(encoding="ascii", errors="replace").strip() == wanted:
+                return
         path.unlink(missing_ok=True)
         if is_wanted:
             _write_secret(path, wanted)

@@ -43,6 +43,7 @@ WHOLE_RUNS = (
     "test_ray_submit",
     "test_cluster_faults",
     "test_outside",
+    "test_ray_outside",
     "test_ray_files",
     "test_ray_metrics",
 )

@@ -32,6 +32,7 @@ from cluster.control_client import ControlClient, ControlError, UnreachableError
 from cluster.control_messages import SERVICE, as_dict, message
 from cluster.runs import CONTROL, RunFolder
 from configs.schema import RunConfig
+from replay.guests import join_token
 from replay.security import Security, grpc_channel
 
 from .control_for_tests import Run, policy
@@ -261,6 +262,46 @@ def test_health_and_reflection_ask_for_it_too(server: ControlServer) -> None:
         for name in ("", SERVICE.full_name):
             answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=20.0)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("method", [method.name for method in SERVICE.methods])
+def test_the_token_of_actors_outside_ray_allows_their_calls_alone(run: Run, server: ControlServer, method: str) -> None:
+    token = join_token(TOKEN)
+    if method in ("Join", "Policy", "Leave"):
+        call(server, "Join", token=token, name="robot-7", lanes=4)
+        assert call(server, method, token=token, name="robot-7", **({"lanes": 4} if method == "Join" else {}))
+        assert refused(server, method, token=join_token("another"))[0] is grpc.StatusCode.UNAUTHENTICATED
+        return
+    code, text = refused(server, method, token=token)
+    assert code is grpc.StatusCode.PERMISSION_DENIED
+    assert f"/millrace.Control/{method}, received one that allows Check, Join, Leave, Policy and nothing else" in text
+    assert (run.stopped, run.wanted) == (None, {"actors": 2, "shards": 1})
+
+
+def test_what_else_the_token_of_actors_outside_ray_allows(run: Run, server: ControlServer) -> None:
+    token = join_token(TOKEN)
+    with grpc_channel(server.address, Security(token)) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service=SERVICE.full_name)
+        assert stub.Check(request, timeout=20.0).status == health_pb2.HealthCheckResponse.SERVING
+        refused_calls: list[Callable[[], Any]] = [
+            lambda: list(stub.Watch(request, timeout=20.0)),
+            lambda: channel.unary_unary(PATH + "Nothing")(b"", timeout=20.0),
+        ]
+        for make in refused_calls:
+            with pytest.raises(grpc.RpcError) as told:
+                make()
+            assert told.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        with pytest.raises(grpc.RpcError):
+            ProtoReflectionDescriptorDatabase(channel).get_services()
+    with ControlClient(server.address, token) as client:
+        for refuse in (client.stop, client.status, lambda: list(client.logs())):
+            with pytest.raises(ControlError, match="in the file `token` in its folder"):
+                refuse()
+    assert run.stopped is None
+    with grpc_channel(server.address, Security(token[:-1])) as channel, pytest.raises(grpc.RpcError) as told:
+        health_pb2_grpc.HealthStub(channel).Check(request, timeout=20.0)
+    assert told.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_reflection_describes_the_service(server: ControlServer) -> None:

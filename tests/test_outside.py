@@ -18,6 +18,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pyarrow as pa
+import pyarrow.flight as flight
 import pytest
 import torch
 
@@ -25,9 +26,12 @@ from cluster import outside, parts
 from cluster.acting_export import PolicyExporter
 from cluster.control import ControlServer
 from cluster.outside import LEASE_S, Joined, OutsideActors, Policy
+from cluster.runs import RunFolder
 from configs.algorithms import R2d2Settings
+from configs.cluster import OutsideSettings
+from configs.llm import LlmConfig
 from configs.schema import RunConfig
-from replay.guests import guest_token
+from replay.guests import guest_named, guest_token, join_token
 from replay.process import ShardProcess
 from replay.schema import StepSchema
 from replay.security import Security, flight_client, new_token
@@ -111,6 +115,43 @@ def test_each_gets_a_writer_a_token_for_it_and_the_shard_with_the_fewest(config:
         ("outside f", "outside", 4),
         ("outside g", "outside", 1),
     ]
+
+
+def test_the_token_to_join_lies_in_the_folder_of_a_run_that_takes_any(config: RunConfig, tmp_path: Path) -> None:
+    config = config.model_copy(update={"root": str(tmp_path), "name": "a"})
+    run = RunFolder.create(config, ["test"])
+    file, token = run.path / "outside_token", join_token(run.security())
+    assert file.read_text() == token + "\n"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert run.security().token not in token
+    assert join_token(run.security().token) == token != guest_token(run.security(), "outside-join")
+    for text in ("", "of an earlier token\n"):  # a write that was cut short, a `token` that was removed
+        file.write_text(text)
+        run.security()
+        assert file.read_text() == token + "\n"
+    (run.path / "token").unlink()
+    assert join_token(run.security()) + "\n" == file.read_text() != token + "\n"
+    run.rewrite(config.model_copy(update={"outside": OutsideSettings(most=0)}))
+    run.security()
+    assert not file.exists()
+    llm = RunFolder.create(LlmConfig(root=str(tmp_path), name="b"), ["test"])
+    assert not (llm.path / "outside_token").exists()
+
+
+def test_the_token_to_join_is_worth_nothing_to_a_shard(config: RunConfig) -> None:
+    assert guest_named(SECURITY, join_token(SECURITY)) is None
+    spec = parts.shard_spec(config, schema_of(config), 0, run="test", incarnation=0)
+    server = ShardServer(spec, SECURITY)
+    try:
+        with flight_client(server.address, Security(join_token(SECURITY))) as client:
+            for kind in ("stats", "quarantine"):
+                with pytest.raises(flight.FlightUnauthenticatedError):
+                    action(client, kind, {"writer": "outside-a"})
+            descriptor = flight.FlightDescriptor.for_command(json.dumps({"writer": "outside-a"}))
+            with pytest.raises(flight.FlightUnauthenticatedError):
+                client.do_put(descriptor, schema_of(config).arrow())[1].read()
+    finally:
+        server.close()
 
 
 def test_what_one_is_told(config: RunConfig) -> None:
@@ -273,11 +314,11 @@ class Head(control_for_tests.Run):
 
 @contextmanager
 def serving(head: Head, tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """The address of a head's control plane, and the file with its token."""
-    (tmp_path / "token").write_text(SECURITY.token + "\n")
+    """The address of a head's control plane, and the file with the token for actors outside Ray."""
+    (tmp_path / "outside_token").write_text(join_token(SECURITY) + "\n")
     server = ControlServer(head, "127.0.0.1", 0, SECURITY)
     try:
-        yield server.address, str(tmp_path / "token")
+        yield server.address, str(tmp_path / "outside_token")
     finally:
         server.close()
 
@@ -286,7 +327,7 @@ def serving(head: Head, tmp_path: Path) -> Iterator[tuple[str, str]]:
 def running(command: list[str], tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A program, where neither Millrace nor torch nor Ray can be imported; its output goes to the file `output`."""
     blocked = tmp_path / "blocked"
-    blocked.mkdir()
+    blocked.mkdir(parents=True)
     (blocked / "sitecustomize.py").write_text(BLOCK)
     paths = {"PYTHONPATH": os.pathsep.join((str(blocked), str(EXAMPLE.parent)))}
     with (tmp_path / "output").open("w") as output:

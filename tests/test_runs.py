@@ -68,7 +68,10 @@ def test_how_a_run_went_on_and_ended_is_kept(tmp_path: Path) -> None:
     run.event("restart", "actor 2\ndied", time_s=1.5)
     run.event("warning", "…", time_s=None)
     lines = (run.path / "events.jsonl").read_text().splitlines()
-    assert json.loads(lines[0]) == {"time_s": 1.5, "kind": "restart", "text": "actor 2\ndied"}
+    event = json.loads(lines[0])
+    assert {key: event[key] for key in ("time_s", "kind", "text", "role", "id")} == {
+        "time_s": 1.5, "kind": "restart", "text": "actor 2\ndied", "role": "actor", "id": "2",
+    }  # fmt: skip
     assert json.loads(lines[1])["time_s"] is None
 
 

@@ -135,6 +135,7 @@ def test_requests_that_nobody_will_answer_are_refused() -> None:
         ("learner 1 died", "learner", "1"),
         ("outside robot-7 has joined with 4 lanes", "outside", "robot-7"),
         ("the head died; a new one goes on", "head", ""),
+        ("outside robot has gone", "outside", "robot"),
         ("evaluation at step 10: mean return 3.0", "head", ""),
         ("actors were scaled", "head", ""),
     ],

@@ -5,7 +5,8 @@
 
 It imports nothing of Millrace, neither Ray nor torch; beside it only the file control.proto is needed. Copy it, and put your
 own environment, robot or simulator in the place of `Pendulum`. The address is in the file `control.json` of the run's folder,
-the token in the file `outside_token`, which allows the calls of outside actors and nothing else. What the calls mean is told in control.proto, and the rules of rows in the reply to Join.
+the token in the file `outside_token` beside it, which allows these calls alone. What the calls mean is told in control.proto,
+and the rules of rows in the reply to Join.
 """
 
 from __future__ import annotations
@@ -270,7 +271,9 @@ def check(joined: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--address", required=True, help="host:port of the run's control plane")
-    parser.add_argument("--token", type=Path, required=True, help="the file outside_token of the run's folder, or a copy")
+    parser.add_argument(
+        "--token", type=Path, required=True, help="the file outside_token of the run's folder, or a copy"
+    )
     parser.add_argument("--name", default="pendulum", help="of this program; another one for each")
     parser.add_argument("--lanes", type=int, default=8, help="environments")
     parser.add_argument("--certificate", type=Path, help="PEM file to trust, where the run has TLS")
