@@ -6,15 +6,12 @@ milliseconds, so a process can keep up with the learner.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.onnx_graph import write_graph
 from cluster.outside import Policy, Tensor
 from configs.schema import RunConfig
 from replay.schema import StepSchema
@@ -22,10 +19,7 @@ from replay.schema import StepSchema
 if TYPE_CHECKING:
     import onnx
 
-    from learners.acting_modules import ActingModule, Port
-    from learners.policy_modules import PolicyModule
-
-OPSET = 18
+    from learners.acting_modules import Port
 
 
 class PolicyExporter:
@@ -65,54 +59,6 @@ class PolicyExporter:
             self._constant = {name: array.copy() for name, array in arrays.items() if name not in taken}
         data = _with(self._graph, arrays, {"policy_version": str(version), "algorithm": config.algorithm.name})
         return Policy(version, data, weights, _tensors(module.input_ports), _tensors(module.output_ports))
-
-
-def write_graph(module: PolicyModule | ActingModule, *, optimise: bool) -> onnx.ModelProto:
-    """The graph of a policy, with a dynamic batch size; `optimise` folds what does not depend on the inputs.
-
-    Raises:
-        RuntimeError: something in the policy, such as a user's encoder, has no counterpart in ONNX.
-    """
-    import torch
-
-    example = module.example(2, np.random.default_rng(0))
-    batch = torch.export.Dim("batch")
-    with _quiet():
-        try:
-            program = torch.onnx.export(
-                module,
-                example,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(module.inputs),
-                output_names=list(module.outputs),
-                dynamic_shapes={"inputs": tuple({0: batch} for _ in example)},
-                optimize=optimise,
-                verbose=False,
-            )
-        except Exception as error:  # tracing runs a user's encoder, and the exporter raises what it likes
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            told = f"{type(cause).__name__}: {str(cause).strip()}".partition("\n")[0]
-            raise RuntimeError(f"the policy cannot be written as ONNX: {told}") from error
-    assert program is not None
-    graph: onnx.ModelProto = program.model_proto
-    return graph
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of packages that are not needed and of torch's own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
 
 
 def _with(graph: onnx.ModelProto, arrays: dict[str, NDArray[np.generic]], metadata: dict[str, str]) -> bytes:

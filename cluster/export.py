@@ -23,7 +23,7 @@ from actors.task_set import TaskSet
 from cluster import parts
 from cluster.checkpoint import Checkpoint, Checkpoints
 from cluster.files import write_atomically
-from cluster.outside import PACKAGES
+from cluster.onnx_graph import PACKAGES, write_graph
 from cluster.recorder import LEARNER, POLICY
 from cluster.runs import RunFolder
 from configs.schema import EnvSettings, RunConfig
@@ -190,8 +190,6 @@ def to_onnx(module: PolicyModule, metadata: dict[str, Any]) -> bytes:
         RuntimeError: something in the policy, such as a user's encoder, has no counterpart in ONNX.
     """
     import onnx
-
-    from cluster.acting_export import write_graph
 
     graph = write_graph(module, optimise=True)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cluster.onnx_graph import PACKAGES
 from configs.algorithms import CustomSettings, R2d2Settings
 from configs.schema import RunConfig
 from replay.guests import PREFIX, guest_token
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from cluster.control import Process
 
 LEASE_S = 60.0  # one that has not been heard of for this long is gone
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # that write a policy for them
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 RULES = """\

@@ -14,8 +14,9 @@ import torch
 from safetensors.numpy import load, save
 
 from cluster import acting_export
-from cluster.acting_export import PolicyExporter, write_graph
+from cluster.acting_export import PolicyExporter
 from cluster.export import action_space
+from cluster.onnx_graph import write_graph
 from configs.algorithms import CustomSettings, DqnSettings
 from configs.schema import EnvSettings, RunConfig
 from learners.acting_modules import RANK, STATE, UNIFORM, ActingModule
