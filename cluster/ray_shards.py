@@ -81,9 +81,9 @@ class Shards:
         self._lost = 0  # items of other shards that are gone, which the limiter is to be told of
         self._told_away: set[str] = set()
         self._gone = dict.fromkeys(COUNTERS, 0)  # counters of shards that left: the table's limiter still counts them
-        self._replaced: dict[
-            str, dict[str, Any]
-        ] = {}  # shards that start in the place of another, and what is to be told then
+        # Shards that start in the place of another, and what is to be told then.
+        self._replaced: dict[str, dict[str, Any]] = {}
+        self._failed: dict[str, str] = {}  # shards that could not hand over yet, and why
 
     @property
     def _config(self) -> RunConfig:
@@ -314,7 +314,9 @@ class Shards:
         except ray.exceptions.RayActorError:
             return  # the next look puts another in its place, which goes on handing over
         except ray.exceptions.RayError as error:  # another shard has died, perhaps: once more, from where it was
-            self._tell("warning", f"{child.name} could not hand its steps over yet: {short(error)}")
+            if self._failed.get(child.name) != (why := short(error)):  # it is tried at every look
+                self._failed[child.name] = why
+                self._tell("warning", f"{child.name} could not hand its steps over yet: {why}")
             return
         status, told = found["status"], found["handed_over"]
         self._head.count_shards({child.name: status})
