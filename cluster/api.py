@@ -245,7 +245,7 @@ def _removed_unless_begun(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if {file.name for file in path.iterdir()} == {"config.yaml", "run.json", "token", ".lock"}:
+        if {file.name for file in path.iterdir()} <= {"config.yaml", "run.json", "token", "outside_token", ".lock"}:
             shutil.rmtree(path)
         raise
 

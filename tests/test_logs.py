@@ -57,7 +57,7 @@ def test_a_line_says_what_and_where() -> None:
 
 def test_ours_are_told_from_info_on_and_others_from_warnings_on() -> None:
     _, stream = installed()
-    for name in ("replay.server", "cluster", "transformers"):
+    for name in ("replay.server", "cluster", "some.library"):
         for tell in ("debug", "info", "warning", "error", "critical"):
             getattr(logging.getLogger(name), tell)(tell)
     told = [(line["logger"], line["text"], line["level"]) for line in read(stream)]
@@ -65,7 +65,7 @@ def test_ours_are_told_from_info_on_and_others_from_warnings_on() -> None:
     assert told == [
         *(("replay.server", *level) for level in levels),
         *(("cluster", *level) for level in levels),
-        *(("transformers", *level) for level in levels[1:]),
+        *(("some.library", *level) for level in levels[1:]),
     ]
 
 
