@@ -219,13 +219,27 @@ class RayCluster:
 
     def workers(self) -> list[str]:
         """Titles of the processes that Ray runs for somebody, such as ray::ActorWorker."""
-        titles = []
+        return [title for _, title in self._workers()]
+
+    def _workers(self) -> Iterator[tuple[psutil.Process, str]]:
         for process in session(self.leader):
             try:
-                titles += [title for title in process.cmdline()[:1] if re.fullmatch(r"ray::\w+Worker.*", title)]
+                title = "".join(process.cmdline()[:1])
             except psutil.NoSuchProcess:
                 continue
-        return titles
+            if re.fullmatch(r"ray::(.*:)?\w+Worker.*", title):
+                yield process, title
+
+    def end_runs(self) -> None:
+        """Kill what a test that failed has left of its run, which would go on for ever: heads too, until Ray starts none again."""
+        deadline = time.monotonic() + 30.0
+        while (left := list(self._workers())) and time.monotonic() < deadline:
+            for process, _ in left:
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    continue
+            time.sleep(0.5)
 
     def close(self) -> None:
         while processes := session(self._process.pid):

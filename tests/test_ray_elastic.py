@@ -69,7 +69,7 @@ def test_a_run_grows_and_shrinks_and_keeps_every_step_once(
     runs.wait_for(lambda: alive(run, "shard") == {0, 1, 2}, process)
     waiting = millrace(run, "status")
     assert [p["state"] for p in waiting["processes"] if p["name"] == "shard 3"] == ["starting"]
-    assert any("2 CPUs wait for a node" in text for text in waiting["waiting"]), waiting["waiting"]
+    assert any("shard 3 waits for a node" in text for text in waiting["waiting"]), waiting["waiting"]
     assert millrace(run, "checkpoint")["step"] > 0
     scale(run, 3, 3)
     runs.wait_for(lambda: alive(run, "actor") == {0, 1, 2} and alive(run, "shard") == {0, 1, 2}, process)

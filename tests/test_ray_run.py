@@ -45,12 +45,14 @@ GENTLE = ["--actors.cpus", "0.5", "--actors.threads", "1"]
 def start(tmp_path: Path) -> Iterator[Started]:
     """Start `millrace train` on Pendulum in `tmp_path`; what is left of it at the end of the test is killed."""
     started = []
+    clusters: list[RayCluster] = []
     (tmp_path / "storage").mkdir()
 
     def run(*words: str, cluster: RayCluster | None = None) -> subprocess.Popen[str]:
         words = ("train", *words, "--replay.directory", str(tmp_path / "storage"))
         if cluster is not None:
             words = (*words, "--address", cluster.address)
+            clusters.append(cluster)
         process = runs.start(
             *words, cwd=tmp_path, log=tmp_path / "log", env={"RAY_ADDRESS": ""} if cluster is None else cluster.env
         )
@@ -62,6 +64,8 @@ def start(tmp_path: Path) -> Iterator[Started]:
         for left in runs.session(process.pid):
             left.kill()
         process.wait()
+    for cluster in clusters:
+        cluster.end_runs()
 
 
 def ended(process: subprocess.Popen[str], tmp_path: Path) -> str:
