@@ -353,7 +353,7 @@ def _settings(need: Need) -> list[str]:
 def _text(resources: Mapping[str, float]) -> str:
     """Resources for a person: `4 CPUs and 1 GPU`."""
     words = []
-    for kind, amount in resources.items():
+    for kind, amount in sorted(resources.items(), key=lambda item: (item[0] != "CPU", item[0] != "GPU", item[0])):
         number = f"{round(amount, 4):g}"
         words.append(f"{number} {kind}" + ("s" if kind in ("CPU", "GPU") and number != "1" else ""))
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else "nothing"
