@@ -249,7 +249,8 @@ def test_shards_that_are_killed_come_back_with_every_step(
     run = tmp_path / "runs" / "a"
     process = start(
         "pendulum_sac", *runs.SMALL, *TWO_OF_EACH, *GENTLE, "--name", "a",
-        "--checkpoints.every_s", "1000", "--stop.steps", "1e9", "--learners.updates_per_step", "0.25", cluster=ray_cluster,
+        "--checkpoints.every_s", "1000", "--stop.steps", "1e9", "--learners.updates_per_step", "0.25",
+        "--replay.capacity", "131072", cluster=ray_cluster,  # on a busy machine one shard takes in most, and must not overwrite
     )  # fmt: skip
     runs.wait_for(lambda: runs.events(run, "start") and "learner" in runs.pids(run), process)
     runs.wait_for(lambda: min(inserted(run)) > 100, process)
